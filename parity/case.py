@@ -99,6 +99,9 @@ class Case:
         if self.flags.latent == -1:
             object.__setattr__(self, "flags", replace(self.flags, latent=max(1, self.hidden // 2)))
         _validate(self)
+        derived = "sp" if self.ep_size > self.tp > 1 else "nosp"
+        if self.sp == derived:  # one configuration, one id
+            object.__setattr__(self, "sp", None)
 
     # Derived sizes, as vLLM derives them.
     @property
@@ -259,7 +262,9 @@ def _parse_sizes(text: str, dp: int) -> dict:
     if len(counts) == 1:
         counts *= dp
     if len(counts) != dp:
-        raise CaseError(f"sizes part {text!r} gives {len(counts)} token counts for {dp} DP ranks; give one, or one each")
+        raise CaseError(
+            f"sizes part {text!r} gives {len(counts)} token counts for {dp} DP ranks; give one, or one each"
+        )
     return {"tokens": counts, "hidden": int(match[2]), "intermediate": int(match[3])}
 
 
@@ -336,13 +341,17 @@ def _validate(case: Case) -> None:
     if case.experts % case.ep_size:
         raise CaseError(f"{case.experts} experts do not divide over {case.ep_size} EP ranks (dp * tp); use a multiple")
     if not case.ep and case.intermediate % case.tp:
-        raise CaseError(f"intermediate size {case.intermediate} does not divide over {case.tp} TP ranks; use a multiple")
+        raise CaseError(
+            f"intermediate size {case.intermediate} does not divide over {case.tp} TP ranks; use a multiple"
+        )
     if case.tp > 1 and not case.sequence_parallel and case.shared_width % case.tp:
         raise CaseError(f"shared expert width {case.shared_width} does not divide over {case.tp} TP ranks")
     if f.gate and f.ids:
         raise CaseError("flags 'gate' and 'ids' exclude each other: logits are computed, or ids are given")
     if f.ids and (f.sigmoid or f.renorm or f.bias or f.groups != (1, 1) or f.scale != 1.0):
-        raise CaseError("flag 'ids' gives ids and weights as they are; sigmoid, renorm, bias, groups and scale need a router")
+        raise CaseError(
+            "flag 'ids' gives ids and weights as they are; sigmoid, renorm, bias, groups and scale need a router"
+        )
     if f.sharedgate and not f.shared:
         raise CaseError("flag 'sharedgate' needs 'shared'")
     groups, kept = f.groups
@@ -351,7 +360,9 @@ def _validate(case: Case) -> None:
     if not 1 <= kept <= groups:
         raise CaseError(f"groups{groups}-{kept} keeps {kept} of {groups} groups; it must be 1 to {groups}")
     if kept * (case.experts // groups) < case.top_k:
-        raise CaseError(f"groups{groups}-{kept} leaves {kept * (case.experts // groups)} experts for a top-k of {case.top_k}")
+        raise CaseError(
+            f"groups{groups}-{kept} leaves {kept * (case.experts // groups)} experts for a top-k of {case.top_k}"
+        )
     if f.activation in ("swigluoai", "gelu_tanh") and f.ungated:
         raise CaseError(f"activation {f.activation!r} is gated; ungated activations: silu, gelu, relu2")
     if f.interleaved and not case.gated:

@@ -1,0 +1,56 @@
+"""Arrays on disk, shared between processes by memory map.
+
+NumPy alone has no bfloat16, and the PyTorch workers have no `ml_dtypes`: bfloat16 travels as its uint16 bits with
+the dtype's name beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
+
+
+@dataclass(frozen=True)
+class ArrayRef:
+    """Where an array lies: a raw C-ordered file, its dtype by name, its shape."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def open(self) -> np.ndarray:
+        """The array, memory-mapped and read-only; bfloat16 as its uint16 bits."""
+        stored = STORED_AS[self.dtype]
+        if 0 in self.shape:
+            return np.zeros(self.shape, stored)
+        return np.memmap(self.path, stored, mode="r", shape=self.shape)
+
+    def to_json(self) -> dict:
+        return {"path": self.path, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> ArrayRef:
+        return cls(data["path"], data["dtype"], tuple(data["shape"]))
+
+
+def float32_of_bits(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32 values; exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bits_of_float32(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16 bits, to nearest, ties to even. NaN stays NaN."""
+    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def values(ref: ArrayRef) -> np.ndarray:
+    """The array's values in float32 (or as stored, for integers), read into memory."""
+    stored = ref.open()
+    return float32_of_bits(stored) if ref.dtype == "bfloat16" else np.asarray(stored)
