@@ -1,0 +1,109 @@
+"""The error model: how far from the exact result correct arithmetic may land, derived, never tuned per case.
+
+Every error is a variance in units of (RMS * u)^2, where `u` is the unit roundoff of the case's dtype and RMS * u the
+root-mean-square relative error of one rounding to nearest. The oracle carries these variances through the layer
+beside its values (parity/oracle/layer.py), element by element; this module says what each operation adds and how far
+a sum of such errors may stray (`spread`). docs/numerics.md derives each line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+UNIT_ROUNDOFF = {"bf16": 2.0**-8, "f32": 2.0**-24}
+RMS = 0.42
+"""RMS relative error of one rounding to nearest over its maximum u, for values spread over a binade: the spacing
+2 u / m over sqrt(12), averaged over mantissas m with density 1 / (m ln 2)."""
+SLACK = 1.25
+"""What the model may be off by, as a factor on the error: correlated roundings, values not spread over binades."""
+FALSE_ALARM = 1e-9
+"""Chance that one correct token, expert or rank is called wrong because its errors happened to add up."""
+SIGMAS = 6.5
+"""The same for one element: its errors are sums of many, so Gaussian, with 8e-11 beyond this."""
+SENSITIVITY = 1 / 3
+"""A token's bound over its smallest expert's contribution must stay below this, or losing that expert could hide."""
+
+
+def spread(count: float) -> float:
+    """How much the RMS of `count` independent errors may exceed its expectation by chance (one in 1/FALSE_ALARM).
+
+    The upper tail of a chi-square with `count` degrees of freedom (Laurent and Massart 2000, lemma 1).
+    """
+    t = -math.log(FALSE_ALARM)
+    count = max(count, 1.0)
+    return math.sqrt(1 + 2 * math.sqrt(t / count) + 2 * t / count)
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """What each operation of the layer adds, for one format."""
+
+    format: str
+
+    @property
+    def u(self) -> float:
+        return UNIT_ROUNDOFF[self.format]
+
+    @property
+    def unit(self) -> float:
+        """RMS error of one rounding of 1.0: variances are in units of its square."""
+        return RMS * self.u
+
+    @property
+    def f32(self) -> float:
+        """A float32 rounding's variance in these units."""
+        return (UNIT_ROUNDOFF["f32"] / self.u) ** 2
+
+    def rounding(self, value: np.ndarray) -> np.ndarray:
+        """`value` rounded to the case's dtype once."""
+        return value**2
+
+    def matmul(self, inputs2: np.ndarray, weights2: np.ndarray, out: np.ndarray, depth: int) -> np.ndarray:
+        """Float32 accumulation of a product of the given depth.
+
+        Partial sums of zero-mean terms grow like sqrt(i) and sum to depth * |a|^2 |b|^2 / (2 depth); a drift (a
+        non-zero mean) makes them grow like i and adds out^2 * depth / 3. One running sum is the worst order: blocked
+        and tree sums stay below.
+
+        Args:
+          inputs2: (rows, 1) squared norms of the input rows.
+          weights2: (M,) squared norms of the weight rows.
+          out: (rows, M) the exact products.
+        """
+        return self.f32 * (inputs2 * weights2 / 2 + out**2 * (depth / 3 + 1))
+
+    def activation(self, h: np.ndarray) -> np.ndarray:
+        """An activation evaluated in float32: an exponential or erf of a few float32 roundings, and two products."""
+        return 9 * self.f32 * h**2
+
+    def weights(self, logit_variance: np.ndarray, below_max: np.ndarray) -> np.ndarray:
+        """Relative variance of a router weight: the logit's error enters the exponent, whose argument is rounded too.
+
+        Args:
+          logit_variance: (T, 1) or (T, K) absolute variance of a logit.
+          below_max: (T, K) how far the chosen logits lie below the largest.
+        """
+        return self.f32 * (9 + below_max**2) + 2 * logit_variance
+
+    def sum_f32(self, terms2: np.ndarray, count: int) -> np.ndarray:
+        """A float32 sum of `count` terms with `terms2` the sum of their squares."""
+        return self.f32 * terms2 * (count / 2 + 1)
+
+
+def bound(variance: np.ndarray, count: float, model: ErrorModel) -> np.ndarray:
+    """The bound on a norm whose expected square is `variance` (in the model's units), of `count` independent errors."""
+    return SLACK * spread(count) * model.unit * np.sqrt(variance)
+
+
+def element_bound(variance: np.ndarray, value: np.ndarray, model: ErrorModel) -> np.ndarray:
+    """The bound on single elements: the output's own rounding at its worst, everything before it at SIGMAS.
+
+    Args:
+      variance: (T, D) of everything, the output rounding `value**2` included.
+      value: (T, D) exact results.
+    """
+    before = np.maximum(variance - model.rounding(value), 0)
+    return model.u * np.abs(value) + SLACK * SIGMAS * model.unit * np.sqrt(before)
