@@ -1,0 +1,187 @@
+"""jax_moe as a backend: one process for all devices of this host, or one process a rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity.arrays import ArrayRef
+from parity.backends.base import Backend, Member
+from parity.backends.layout import layer_options, parameters, token_blocks
+from parity.case import Case
+from parity.results import RankResult
+
+if TYPE_CHECKING:
+    import jax
+
+LOOPBACK = "127.0.0.1"
+LEAST_DEVICES = 8
+"""CPU devices of the single process: enough for most worlds, so that one process serves them all."""
+STUCK_SECONDS = 600
+"""XLA ends a process whose devices wait longer than 40 s for each other; a busy machine may be that slow."""
+
+
+class JaxBackend(Backend):
+    """The JAX layer."""
+
+    name = "jax"
+    platforms = ("cpu", "gpu")
+    packages = ("jax", "jax_moe")
+    install = "pip install moe-parity"
+
+    def processes(self, case: Case) -> int:
+        return case.world if self.options.jax_processes else 1
+
+    def environment(self, case: Case) -> dict[str, str]:
+        if self.options.platform == "gpu":
+            # torch's ranks use the same GPUs
+            return {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        devices = 1 if self.options.jax_processes else max(LEAST_DEVICES, case.world)
+        flags = [
+            os.environ.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={devices}",
+            f"--xla_cpu_collective_call_terminate_timeout_seconds={STUCK_SECONDS}",
+        ]
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags).strip(), "JAX_ENABLE_X64": "0"}
+
+    def setup(self, member: Member) -> dict[str, str]:
+        import jax
+        import jaxlib
+
+        if member.options.jax_processes and member.processes > 1:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            if member.index == 0:
+                address = f"{LOOPBACK}:{_free_port()}"
+                member.publish(address)
+            else:
+                address = member.receive()
+            jax.distributed.initialize(
+                address,
+                num_processes=member.processes,
+                process_id=member.index,
+                cluster_detection_method="deactivate",
+                coordinator_bind_address=address,  # loopback only; the default binds every interface
+                local_device_ids=[member.index] if member.options.platform == "gpu" else None,
+            )
+        jax.devices()
+        import jax_moe
+
+        self.house = jax_moe
+        return {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "numpy": np.__version__,
+            "python": sys.version.split()[0],
+        }
+
+    def run(self, case: Case, arrays: Mapping[str, ArrayRef]) -> dict[int, RankResult]:
+        import jax
+
+        house = self.house
+        moe, router, parallel = layer_options(case)
+        config = house.MoEConfig(**moe, router=house.RouterConfig(**router))
+        parallel = house.ParallelConfig(**parallel)
+        mesh = house.make_mesh(parallel, jax.devices()[: case.world])
+        try:
+            return self._run(case, arrays, config, parallel, mesh)
+        finally:
+            # compiled programs pile up over hundreds of cases, and one compiled around a planted bug must not live on
+            jax.clear_caches()
+
+    def _run(
+        self, case: Case, arrays: Mapping[str, ArrayRef], config: Any, parallel: Any, mesh: jax.sharding.Mesh
+    ) -> dict:
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        house = self.house
+        params = house.shard(_params(house, parameters(arrays)), config, parallel, mesh)
+        blocks = token_blocks(case, arrays)
+        spec = PartitionSpec(("dp", "tp") if case.native else "dp")
+
+        def place(values: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
+
+        inputs = {
+            name: place(_native(values.reshape(-1, *values.shape[2:]), blocks.dtypes[name]))
+            for name, values in blocks.blocks.items()
+        }
+        if blocks.counts is not None:
+            inputs["counts"] = place(np.array(blocks.counts, np.int32))
+        x = inputs.pop("x")
+
+        @jax.jit
+        def step(params: Any, x: jax.Array, inputs: dict) -> Any:
+            return house.moe(params, x, config=config, parallel=parallel, mesh=mesh, trace=True, **inputs)
+
+        y, trace = jax.block_until_ready(step(params, x, inputs))
+        first = _by_rank(y, mesh)
+        fields = {name: _by_rank(getattr(trace, name), mesh) for name in TRACE_FIELDS}
+        del trace
+        again = _by_rank(jax.block_until_ready(step(params, x, inputs))[0], mesh)
+        return {
+            rank: RankResult(
+                y=values.astype(np.float32),
+                y_dtype=str(y.dtype),
+                **{name: None if by_rank is None else by_rank[rank] for name, by_rank in fields.items()},
+                repeat_equal=values.tobytes() == again[rank].tobytes(),
+            )
+            for rank, values in first.items()
+        }
+
+
+TRACE_FIELDS = (
+    "token_index",
+    "router_logits",
+    "topk_ids",
+    "topk_weights",
+    "group_sizes",
+    "row_token",
+    "row_slot",
+    "expert_load",
+)
+
+
+def _by_rank(array: jax.Array | None, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray] | None:
+    """What lies on each rank's own device, by rank: copies that should be equal are not assumed to be."""
+    if array is None:
+        return None
+    ranks = {device: rank for rank, device in enumerate(mesh.devices.flat)}
+    return {ranks[shard.device]: np.asarray(shard.data) for shard in array.addressable_shards}
+
+
+def _params(house: Any, refs: Mapping[str, ArrayRef]) -> Any:
+    """The house's parameters over arrays mapped from disk."""
+    values = {name: _native(ref.open(), ref.dtype) for name, ref in refs.items()}
+
+    def group(prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+    shared, latent = group("shared."), group("latent.")
+    return house.MoEParams(
+        experts=house.ExpertParams(**group("experts.")),
+        router=house.RouterParams(**group("router.")),
+        shared=house.SharedParams(**shared) if shared else None,
+        latent=house.LatentParams(**latent) if latent else None,
+    )
+
+
+def _native(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The array in a dtype JAX understands; bfloat16 from its bits."""
+    if dtype != "bfloat16":
+        return values
+    import ml_dtypes
+
+    return values.view(ml_dtypes.bfloat16)
+
+
+def _free_port() -> int:
+    """A port that was free a moment ago; if another process takes it, the pool is started once more."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,145 @@
+"""torch_moe as a backend: one process a rank, gloo on CPU and NCCL on GPUs, met through a TCPStore on loopback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity.arrays import ArrayRef
+from parity.backends.base import Backend, Member, cores
+from parity.backends.layout import block_of_rank, layer_options, parameters, token_blocks
+from parity.case import Case
+from parity.results import RankResult
+
+if TYPE_CHECKING:
+    import torch
+
+LOOPBACK = "127.0.0.1"
+
+
+class TorchBackend(Backend):
+    """The PyTorch layer."""
+
+    name = "torch"
+    platforms = ("cpu", "gpu")
+    packages = ("torch", "torch_moe")
+    install = "pip install 'moe-parity[torch]'"
+    collective_frames = ("torch/distributed",)
+
+    def environment(self, case: Case) -> dict[str, str]:
+        out = {"OMP_NUM_THREADS": str(max(1, cores() // case.world))}
+        if sys.platform in ("linux", "darwin"):
+            out["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+        return out
+
+    def setup(self, member: Member) -> dict[str, str]:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self.rank, self.gpu = member.index, member.options.platform == "gpu"
+        if self.gpu:
+            if torch.cuda.device_count() < member.processes:
+                raise RuntimeError(
+                    f"torch sees {torch.cuda.device_count()} GPUs; {member.processes} ranks need as many"
+                )
+            torch.cuda.set_device(member.index)
+        # Process 0 binds a port of the system's choice and the others are told: no port is guessed free and then lost.
+        if member.index == 0:
+            store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+            member.publish(str(store.port))
+        else:
+            store = dist.TCPStore(LOOPBACK, int(member.receive()), is_master=False)
+        dist.init_process_group(
+            "nccl" if self.gpu else "gloo", store=store, rank=member.index, world_size=member.processes
+        )
+        import torch_moe
+
+        self.house, self.meshes = torch_moe, {}
+        return {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
+
+    def run(self, case: Case, arrays: Mapping[str, ArrayRef]) -> dict[int, RankResult]:
+        import torch
+
+        device = torch.device("cuda", self.rank) if self.gpu else torch.device("cpu")
+        layer = self._layer(case, arrays, device)
+        blocks = token_blocks(case, arrays)
+        block = block_of_rank(case, self.rank)
+        inputs = {
+            name: _tensor(values[block], blocks.dtypes[name]).to(device) for name, values in blocks.blocks.items()
+        }
+        x = inputs.pop("x")
+        with torch.inference_mode():
+            y, trace = layer(x, **inputs, counts=blocks.counts, trace=True)
+            again = layer(x, **inputs, counts=blocks.counts)
+        equal = bool(torch.equal(y.view(torch.uint8), again.view(torch.uint8)))
+        traced = {
+            name: None if (value := getattr(trace, name)) is None else value.cpu().numpy() for name in TRACE_FIELDS
+        }
+        values = y.float().cpu().numpy()
+        return {
+            self.rank: RankResult(y=values, y_dtype=str(y.dtype).removeprefix("torch."), **traced, repeat_equal=equal)
+        }
+
+    def _layer(self, case: Case, arrays: Mapping[str, ArrayRef], device: torch.device) -> torch.nn.Module:
+        moe, router, parallel = layer_options(case)
+        house = self.house
+        config = house.MoEConfig(**moe, router=house.RouterConfig(**router))
+        parallel = house.ParallelConfig(**parallel)
+        layer = house.MoE(config, parallel, self._mesh(parallel, device), device=device)
+        layer.load_params(LazyTensors(parameters(arrays)))
+        return layer
+
+    def _mesh(self, parallel: Any, device: torch.device) -> Any:
+        """One mesh a shape for the life of the process: its groups hold sockets."""
+        if parallel.world == 1:
+            return None
+        shape = (parallel.dp, parallel.tp)
+        if shape not in self.meshes:
+            self.meshes[shape] = self.house.make_mesh(parallel, device.type)
+        return self.meshes[shape]
+
+
+TRACE_FIELDS = (
+    "token_index",
+    "router_logits",
+    "topk_ids",
+    "topk_weights",
+    "group_sizes",
+    "row_token",
+    "row_slot",
+    "expert_load",
+)
+
+
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Parameters by name, mapped from disk when asked for: a rank touches only the slice it copies."""
+
+    def __init__(self, refs: Mapping[str, ArrayRef]) -> None:
+        self._refs = refs
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        ref = self._refs[name]
+        return _tensor(ref.open(), ref.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+
+def _tensor(values: np.ndarray, dtype: str) -> torch.Tensor:
+    """A tensor over NumPy memory; bfloat16 from its bits."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # parameters are read, never written
+        if dtype == "bfloat16":
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values)

@@ -1,0 +1,315 @@
+"""The command `parity`. Its process imports no framework: JAX takes most of a GPU's memory on first use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from parity import backends, grids, report
+from parity.backends.base import Backend, Options
+from parity.backends.gpu import why_no_gpu
+from parity.case import Case, CaseError
+from parity.launch import InfrastructureError
+from parity.records import Folder, Outcome, OutError, counts, exit_code
+from parity.runner import run as run_cases
+from parity.runner import session
+
+PASSED, FAILED, USAGE, BROKEN = 0, 1, 2, 3
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="parity",
+    help="Does the JAX layer compute what the PyTorch layer computes, on this mesh, with this format?\n\n"
+    "Exit status: 0 all passed, 1 a parity failure, 2 wrong usage, 3 broken infrastructure (a rank that died, hung "
+    "or raised; no room; a missing package), 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Platform(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+Cases = Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Case ids; 'parity list' shows some.")]
+Grid = Annotated[str | None, typer.Option("--grid", help="smoke (the default), vllm, or a .toml file.")]
+Match = Annotated[str | None, typer.Option("-k", metavar="TEXT", help="Only cases whose id holds every word of TEXT.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layers run.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a case may take in the frameworks.")]
+JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
+
+
+def package_version() -> str:
+    try:
+        return version("moe-parity")
+    except PackageNotFoundError:
+        return "0.1.0 (not installed)"
+
+
+@app.callback()
+def root(
+    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        print(f"parity {package_version()}")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_command(
+    grid: Grid = None,
+    match: Match = None,
+    as_json: AsJson = False,
+    capabilities: Annotated[bool, typer.Option("--capabilities", help="Print which transport serves what.")] = False,
+    flags: Annotated[bool, typer.Option("--flags", help="Print the flags of a case id.")] = False,
+) -> None:
+    """Print the case ids of a grid."""
+    with _messages():
+        if capabilities:
+            _print_capabilities(as_json)
+            return
+        if flags:
+            print("\n".join(report.flag_lines()))
+            return
+        cases = grids.select(grids.load(grid or "smoke"), match)
+        if as_json:
+            print(json.dumps([_case_json(case) for case in cases], indent=2))
+        else:
+            print("\n".join(map(str, cases)))
+
+
+def _print_capabilities(as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.capabilities(), indent=2))
+    else:
+        _console().print(report.capability_table())
+
+
+def _case_json(case: Case) -> dict:
+    return {"case": str(case), "mode": case.mode, "world": case.world, "format": case.format, "tokens": case.tokens}
+
+
+@app.command("run")
+def run_command(
+    ids: Cases = None,
+    grid: Grid = None,
+    match: Match = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results.")] = Path("parity-out"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip cases that DIR already has (errors run again).")
+    ] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that does not pass.")] = False,
+    where: Platforms = Platform.cpu,
+    timeout: Timeout = 180.0,
+    jax_processes: JaxProcesses = False,
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", "-b", help="Framework to run; repeat it. Default: jax and torch.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")] = False,
+) -> None:
+    """Run cases in every framework and judge them.
+
+    Results go to DIR/results.jsonl as they come, one JSON object a case, and to DIR/summary.json.
+    """
+    with _messages():
+        cases = _chosen(ids, grid, match)
+        chosen = _backends(backend, Options(platform=where.value, jax_processes=jax_processes))
+        raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose))
+
+
+def _chosen(ids: Sequence[str] | None, grid: str | None, match: str | None) -> list[Case]:
+    cases = [Case.parse(text) for text in ids or ()]
+    if grid is not None or not cases:
+        cases += grids.load(grid or "smoke")
+    return grids.select(grids.order(cases), match)
+
+
+def _backends(names: Sequence[str] | None, options: Options) -> list[Backend]:
+    """Construct the backends, and find out before anything is launched whether they can run."""
+    chosen = [backends.load(name, options) for name in dict.fromkeys(names or backends.DEFAULT)]
+    if options.platform == "gpu" and (reason := why_no_gpu()):
+        raise InfrastructureError(reason)
+    for backend in chosen:
+        if reason := backend.missing():
+            raise InfrastructureError(reason)
+    return chosen
+
+
+def _run(
+    cases: Sequence[Case],
+    chosen: Sequence[Backend],
+    out: Path,
+    resume: bool,
+    fail_fast: bool,
+    timeout: float,
+    verbose: bool,
+) -> int:
+    console, began = _console(), time.monotonic()
+    status, interrupted, trouble = PASSED, False, ""
+    with Folder(out, resume, {str(case) for case in cases}) as folder:
+        earlier = len(folder.done)
+        if earlier:
+            console.print(f"{earlier} of {len(cases)} cases are in {out} already")
+        versions: dict[str, str] = {}
+        try:
+            with _terminable(), session(chosen, timeout, out / "logs") as live:
+                try:
+                    with _progress(console, len(cases), earlier) as watch:
+                        run_cases(cases, live, folder, fail_fast=fail_fast, watch=watch)
+                finally:
+                    versions = live.pools.all_versions()
+        except KeyboardInterrupt:
+            interrupted, status = True, INTERRUPTED
+        except InfrastructureError as error:
+            trouble, status = str(error), BROKEN
+        if status == PASSED:
+            status = exit_code(folder.done.values())
+        summary = _summary(cases, folder.done, time.monotonic() - began, versions, status, interrupted, trouble)
+        try:
+            folder.summarize(summary)
+        except InfrastructureError as error:
+            trouble, status = trouble or str(error), BROKEN
+        report.final_table(console, cases, folder.done, verbose)
+    console.print(f"{report.duration(time.monotonic() - began)}, results in {out}", highlight=False)
+    if interrupted:
+        _say(f"interrupted; what is done is in {out}, go on with --resume")
+    if trouble:
+        _say(f"error: {trouble}")
+    return status
+
+
+def _summary(
+    cases: Sequence[Case],
+    outcomes: dict[str, Outcome],
+    seconds: float,
+    versions: dict[str, str],
+    status: int,
+    interrupted: bool,
+    trouble: str,
+) -> dict:
+    worst = sorted(
+        (outcome for outcome in outcomes.values() if report.margin(outcome) is not None),
+        key=lambda outcome: -(report.margin(outcome) or 0.0),
+    )
+    return {
+        "counts": counts(outcomes.values()),
+        "cases": len(cases),
+        "not_run": len(cases) - len(outcomes),
+        "exit_status": status,
+        "interrupted": interrupted,
+        "trouble": trouble,
+        "seconds": round(seconds, 3),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"parity": package_version(), "python": platform.python_version(), **versions},
+        "platform": {"system": platform.platform(), "machine": platform.machine(), "cores": backends.base.cores()},
+        "command": ["parity", *sys.argv[1:]],
+        "worst_margins": [{"case": o.case, "verdict": o.verdict, "margin": report.margin(o)} for o in worst[:10]],
+    }
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int, done: int) -> Iterator:
+    """What to call after each case. A bar on a terminal, lines elsewhere."""
+    count = done
+
+    def lines(outcome: Outcome, seconds: float) -> None:
+        nonlocal count
+        count += 1
+        # a terminal has the bar for passing cases; a log keeps every line
+        if outcome.verdict != "pass" or not console.is_terminal:
+            console.print(report.progress_line(outcome, count, total, seconds), highlight=False, soft_wrap=True)
+        if outcome.verdict != "pass":
+            console.print(report.explain(outcome), highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield lambda outcome, left, seconds: lines(outcome, seconds)
+        return
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total, completed=done, left="")
+
+        def watch(outcome: Outcome, left: int, seconds: float) -> None:
+            lines(outcome, seconds)
+            bar.update(task, advance=1, left=f"{report.duration(seconds)} left", description=outcome.case)
+
+        yield watch
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run the way Ctrl-C does: workers killed, results whole."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@app.command("selftest")
+def selftest_command(
+    as_json: AsJson = False,
+    timeout: Timeout = 180.0,
+    match: Match = None,
+) -> None:
+    """Plant bugs in the JAX layer and in the PyTorch layer, and show which gate catches each."""
+    from parity import selftest
+
+    with _messages():
+        chosen = _backends(None, Options())
+        raise typer.Exit(selftest.main(chosen, timeout, match, as_json, _console(stderr=as_json)))
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Turn what is wrong with the usage, or with the machine, into one message and an exit status."""
+    try:
+        yield
+    except (CaseError, grids.GridError, backends.BackendError, OutError) as error:
+        _say(f"error: {error}")
+        raise typer.Exit(USAGE) from None
+    except InfrastructureError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(BROKEN) from None
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    # Ids are long, and a log has no width: never wrap there.
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the command `parity`."""
+    app()

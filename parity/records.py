@@ -1,0 +1,171 @@
+"""What a run leaves in its folder: `results.jsonl`, one object a case as they come, and `summary.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity.launch import InfrastructureError
+
+VERDICTS = ("pass", "fail", "error", "skip")
+RESULTS = "results.jsonl"
+SUMMARY = "summary.json"
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class OutError(ValueError):
+    """`--out` cannot be used as it is; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A case's line in `results.jsonl`."""
+
+    case: str
+    verdict: str
+    """"pass", "fail", "error" or "skip"."""
+    reason: str = ""
+    metrics: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict:
+        return {
+            "case": self.case,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "metrics": plain(self.metrics),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: NumPy scalars as numbers, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> dict[str, Outcome]:
+    """The outcomes in a results file by case, the last of each; a torn line (an interrupted write) is skipped."""
+    out: dict[str, Outcome] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                data = json.loads(line)
+                outcome = Outcome(**{name: data[name] for name in ("case", "verdict", "reason", "metrics", "seconds")})
+            except (ValueError, KeyError, TypeError):
+                continue
+            if outcome.verdict in VERDICTS:
+                out[outcome.case] = outcome
+    return out
+
+
+class Folder:
+    """The `--out` folder of one run, locked against another. A context manager.
+
+    Raises:
+      OutError: the folder cannot be made or written, or another run is writing to it.
+      InfrastructureError: no space is left.
+    """
+
+    def __init__(self, path: Path, resume: bool, cases: Collection[str]) -> None:
+        self.path = path
+        self.done: dict[str, Outcome] = {}
+        """Outcomes of the cases asked for: those of earlier runs that stand, and those added since."""
+        with self._reporting():
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until close
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.close()
+                raise OutError(f"another run is writing to {str(path)!r}; wait for it or give another --out") from None
+            results = path / RESULTS
+            earlier = read(results)
+            if resume:
+                # Errors are tried again. The file is written anew, so that it keeps one whole line a case.
+                again = {name for name, outcome in earlier.items() if outcome.verdict == "error" and name in cases}
+                kept = [outcome for name, outcome in earlier.items() if name not in again]
+                self.done = {outcome.case: outcome for outcome in kept if outcome.case in cases}
+                self._replace(results, "".join(_line(outcome) for outcome in kept))
+            elif earlier:
+                os.replace(results, results.with_suffix(".previous.jsonl"))
+                (path / SUMMARY).unlink(missing_ok=True)
+            self._file = open(results, "a" if resume else "w", encoding="utf-8")  # noqa: SIM115 - held until close
+
+    @contextlib.contextmanager
+    def _reporting(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in STORAGE_ERRORS:
+                raise InfrastructureError(
+                    f"cannot write to {str(self.path)!r}: {error.strerror}; free some space or give another --out, "
+                    "then go on with --resume"
+                ) from error
+            raise OutError(f"--out {str(self.path)!r} cannot be written: {error.strerror}; give a folder") from error
+
+    def _replace(self, path: Path, text: str) -> None:
+        """Write a file so that an interruption leaves the old one whole."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def add(self, outcome: Outcome) -> None:
+        """Append an outcome; it is on its way to the disk when this returns."""
+        with self._reporting():
+            self._file.write(_line(outcome))
+            self._file.flush()
+        self.done[outcome.case] = outcome
+
+    def summarize(self, summary: dict) -> None:
+        """Write `summary.json`."""
+        with self._reporting():
+            self._replace(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._lock.close()
+
+
+def _line(outcome: Outcome) -> str:
+    return json.dumps(outcome.to_json()) + "\n"
+
+
+def counts(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """How many cases have each verdict."""
+    out = dict.fromkeys(VERDICTS, 0)
+    for outcome in outcomes:
+        out[outcome.verdict] += 1
+    return out
+
+
+def exit_code(outcomes: Collection[Outcome]) -> int:
+    """0 all passed, 1 a parity failure, 3 an error, or nothing could be compared at all."""
+    tally = counts(outcomes)
+    if tally["fail"]:
+        return 1
+    return 3 if tally["error"] or not tally["pass"] else 0

@@ -1,0 +1,122 @@
+"""Tables and lines that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
+from parity.records import Outcome, counts
+
+COLOURS = {"pass": "green", "fail": "red", "error": "magenta", "skip": "yellow"}
+MODES = ("single", "DP", "TP", "DP+TP", "DP+EP", "EP+SP", "EP+SP native", "EP, SP off")
+"""Every parallel mode, in the order of the tables."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
+
+
+def progress_line(outcome: Outcome, done: int, total: int, left_seconds: float) -> str:
+    """One line a case, with the time left."""
+    colour = COLOURS[outcome.verdict]
+    left = f", {duration(left_seconds)} left" if done < total else ""
+    width = len(str(total))
+    return (
+        f"[{colour}]{outcome.verdict:5}[/] {done:{width}}/{total} {escape(outcome.case)} "
+        f"[dim]({outcome.seconds:.1f} s{left})[/]"
+    )
+
+
+def explain(outcome: Outcome) -> str:
+    """Why a case did not pass, and the end of the log of the rank to blame."""
+    text = f"      {escape(outcome.reason)}"
+    if tail := outcome.metrics.get("log_tail"):
+        text += f"\n      end of the log {escape(outcome.metrics['log'])}:\n"
+        text += "\n".join(f"      | {escape(line)}" for line in tail.splitlines())
+    return text
+
+
+def margin(outcome: Outcome) -> float | None:
+    """A case's largest error over its bound, where it has one."""
+    value = outcome.metrics.get("margin")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def final_table(console: Console, cases: Sequence[Case], outcomes: Mapping[str, Outcome], verbose: bool) -> None:
+    """Cases that did not pass in full (all with `verbose`), then the grid in short."""
+    shown = [outcomes[str(c)] for c in cases if str(c) in outcomes]
+    if not verbose:
+        shown = [outcome for outcome in shown if outcome.verdict != "pass"]
+    if shown:
+        table = Table(title="cases" if verbose else "cases that did not pass", title_justify="left", show_lines=True)
+        table.add_column("case", overflow="fold")
+        table.add_column("verdict")
+        table.add_column("margin", justify="right")
+        table.add_column("reason", overflow="fold")
+        for outcome in shown:
+            verdict = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
+            table.add_row(escape(outcome.case), verdict, _number(margin(outcome)), escape(outcome.reason))
+        console.print(table)
+    console.print(_summary_table(cases, outcomes))
+    tally = counts(outcomes.values())
+    words = [f"[{COLOURS[name]}]{count} {name}[/]" for name, count in tally.items() if count]
+    missing = len(cases) - len(outcomes)
+    console.print(", ".join(words + ([f"{missing} not run"] if missing else [])) or "nothing ran")
+
+
+def _summary_table(cases: Sequence[Case], outcomes: Mapping[str, Outcome]) -> Table:
+    """Mode × format: passed of total, and the worst margin (error over bound)."""
+    table = Table(title="passed of total, and the largest error over its bound", title_justify="left")
+    table.add_column("parallel mode")
+    formats = [fmt for fmt in FORMATS if any(case.format == fmt for case in cases)]
+    for fmt in formats:
+        table.add_column(fmt, justify="right")
+        table.add_column("margin", justify="right")
+    for mode in MODES:
+        row, any_case = [mode], False
+        for fmt in formats:
+            here = [c for c in cases if c.mode == mode and c.format == fmt]
+            got = [outcomes[str(case)] for case in here if str(case) in outcomes]
+            passed = sum(outcome.verdict == "pass" for outcome in got)
+            margins = [value for outcome in got if (value := margin(outcome)) is not None]
+            any_case |= bool(here)
+            colour = "green" if passed == len(here) else "red"
+            row += [f"[{colour}]{passed}/{len(here)}[/]" if here else "", _number(max(margins, default=None))]
+        if any_case:
+            table.add_row(*row)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.1e}"
+
+
+def capabilities() -> dict[str, dict[str, bool]]:
+    """Which transport serves which parallel mode: what is true here must pass, the rest is refused."""
+    return {name: {mode: ("EP" in mode) == (name != "local") for mode in MODES} for name in TRANSPORTS}
+
+
+def capability_table() -> Table:
+    table = Table(title="transports and parallel modes", title_justify="left")
+    table.add_column("transport")
+    for mode in MODES:
+        table.add_column(mode, justify="center")
+    for name, modes in capabilities().items():
+        table.add_row(name, *("yes" if allowed else "-" for allowed in modes.values()))
+    return table
+
+
+def flag_lines() -> Iterable[str]:
+    """Every flag of a case id, with what it means."""
+    width = max(map(len, FLAGS))
+    return (f"{name:{width}}  {meaning}" for name, meaning in FLAGS.items())

@@ -1,0 +1,248 @@
+"""Run cases: arrays from the id, the oracle's answer, each framework's results, a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity.arrays import ArrayRef
+from parity.backends.base import Backend
+from parity.case import Case
+from parity.launch import InfrastructureError, Pool, Pools, RankError
+from parity.records import STORAGE_ERRORS, Folder, Outcome
+from parity.results import RankResult
+
+REFERENCES_KEPT = 4
+SCRATCH_PREFIX = "moe-parity-"
+
+
+@dataclass(frozen=True)
+class Harness:
+    """The three steps around the frameworks, each replaceable in tests."""
+
+    build: Callable[[Case, Path], dict[str, ArrayRef]]
+    reference: Callable[[Case, Mapping[str, ArrayRef]], Any]
+    judge: Callable[[Case, Any, Mapping[str, list[RankResult]]], Any]
+
+    @classmethod
+    def default(cls) -> Harness:
+        from parity import fixtures, oracle, verdict
+
+        return cls(fixtures.build, oracle.reference, verdict.judge)
+
+
+@dataclass
+class Session:
+    """Everything that lives as long as a run: scratch space, workers, the oracle's last answers."""
+
+    backends: Sequence[Backend]
+    scratch: Path
+    pools: Pools
+    harness: Harness
+    timeout: float
+    _references: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    _failed_starts: int = 0
+
+    def outcome(self, case: Case) -> Outcome:
+        """Run and judge one case. A rank's trouble is the case's error, never the run's.
+
+        Raises:
+          InfrastructureError: no case can run.
+        """
+        began = time.monotonic()
+        for backend in self.backends:
+            if reason := backend.unsupported(case):
+                return Outcome(case=str(case), verdict="skip", reason=f"{backend.name}: {reason}")
+        try:
+            results, reference = self.execute(case, self.backends)
+            judgement = self.harness.judge(case, reference, results)
+        except RankError as error:
+            metrics = {"ranks": error.ranks, "kind": error.kind, "log": str(error.log), "log_tail": error.tail}
+            verdict, reason = "error", error.reason
+        except InfrastructureError:
+            raise
+        except Exception as error:
+            metrics, verdict = {}, "error"
+            reason = f"the harness raised {type(error).__name__}: {error}"
+        else:
+            failed = [asdict(gate) for gate in judgement.gates if not gate.passed]
+            metrics = {**judgement.metrics, "failed_gates": failed}
+            verdict, reason = judgement.verdict, judgement.reason
+        return Outcome(
+            case=str(case), verdict=verdict, reason=reason, metrics=metrics, seconds=time.monotonic() - began
+        )
+
+    def execute(
+        self, case: Case, backends: Sequence[Backend], mutation: str | None = None
+    ) -> tuple[dict[str, list[RankResult]], Any]:
+        """Run a case on some backends, with a bug planted in them or not; meanwhile ask the oracle.
+
+        Returns:
+          Each backend's results in rank order, and the oracle's answer.
+
+        Raises:
+          RankError: a rank died, hung or raised.
+          InfrastructureError: workers cannot start, or there is no room.
+        """
+        with _room(self.scratch):
+            arrays = self.harness.build(case, self.scratch / "arrays")
+        pools: list[tuple[Backend, Pool, Path]] = []
+        try:
+            for backend in backends:
+                pools.append((backend, self.pools.get(backend, case), self._folder(backend)))
+            for index, (backend, pool, out) in enumerate(pools):
+                pools[index] = (backend, self._submit(backend, pool, case, arrays, out, mutation), out)
+            reference = self._reference(case, arrays)
+            results = {}
+            for backend, pool, out in pools:
+                pool.collect(self.timeout)
+                results[backend.name] = [RankResult.load(out, rank) for rank in range(case.world)]
+        except BaseException as error:
+            self._settle([pool for _, pool, _ in pools], wait=isinstance(error, RankError))
+            raise
+        return results, reference
+
+    def _submit(
+        self,
+        backend: Backend,
+        pool: Pool,
+        case: Case,
+        arrays: Mapping[str, ArrayRef],
+        out: Path,
+        mutation: str | None,
+    ) -> Pool:
+        """Submit, starting the pool; a pool that never gets going is infrastructure, not a case's error."""
+        try:
+            pool.wait_ready()
+        except InfrastructureError:
+            # Processes that must find each other may lose a race for a port: once more, then it is broken.
+            if pool.processes == 1:
+                raise
+            self.pools.drop(pool)
+            pool = self.pools.get(backend, case)
+            pool.wait_ready()
+        except RankError as error:
+            self._failed_starts += 1
+            if self._failed_starts > 1:
+                raise InfrastructureError(
+                    f"workers do not start: {error.reason}, the second time in a row\n"
+                    f"end of the log {error.log}:\n{error.tail}"
+                ) from error
+            raise
+        self._failed_starts = 0
+        pool.submit(case, arrays, out, mutation)
+        return pool
+
+    def _settle(self, pools: Sequence[Pool], wait: bool) -> None:
+        """After trouble: keep the pools that still finish in time, kill the others."""
+        for pool in pools:
+            if wait and pool.ready and not pool.troubled:
+                with contextlib.suppress(RankError, InfrastructureError):
+                    pool.collect(self.timeout)
+                    continue
+            self.pools.drop(pool)
+
+    def _folder(self, backend: Backend) -> Path:
+        """An empty folder for a backend's results."""
+        out = self.scratch / "results" / backend.name
+        shutil.rmtree(out, ignore_errors=True)
+        with _room(self.scratch):
+            out.mkdir(parents=True)
+        return out
+
+    def _reference(self, case: Case, arrays: Mapping[str, ArrayRef]) -> Any:
+        key = case.logical_id
+        if key not in self._references:
+            self._references[key] = self.harness.reference(case, arrays)
+            while len(self._references) > REFERENCES_KEPT:
+                self._references.popitem(last=False)
+        self._references.move_to_end(key)
+        return self._references[key]
+
+
+@contextlib.contextmanager
+def session(
+    backends: Sequence[Backend], timeout: float, log_dir: Path | None = None, harness: Harness | None = None
+) -> Iterator[Session]:
+    """A session; leaving it kills its workers and removes its scratch space."""
+    with scratch_folder() as scratch, Pools(log_dir or scratch / "logs") as pools:
+        yield Session(backends, scratch, pools, harness or Harness.default(), timeout)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the system's temporary space, removed afterwards, with those that killed runs left behind."""
+    base = Path(tempfile.gettempdir())
+    for stale in base.glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError), open(stale / ".lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner holds it for as long as it lives
+            shutil.rmtree(stale, ignore_errors=True)
+    with _room(base):
+        path = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held for as long as the folder lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.close()
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """Turn a full disk into a message that says which, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        raise InfrastructureError(
+            f"no room for arrays in {str(path)!r}: {error.strerror}; free some space or point TMPDIR elsewhere"
+        ) from error
+
+
+def cost(case: Case) -> float:
+    """About how long a case takes, in units of the smallest: for the time left."""
+    return 1 + case.experts * case.expert_width * case.intermediate / 2e7
+
+
+def run(
+    cases: Sequence[Case],
+    live: Session,
+    folder: Folder,
+    *,
+    fail_fast: bool = False,
+    watch: Callable[[Outcome, int, float], None] = lambda *_: None,
+) -> list[Outcome]:
+    """Run the cases that the folder does not have yet.
+
+    Args:
+      cases: in the order they run.
+      live: a session.
+      folder: where outcomes go as they come.
+      fail_fast: stop at the first that neither passes nor is skipped.
+      watch: called with each outcome, how many cases are left, and about how many seconds they take.
+
+    Returns:
+      The outcomes of this run.
+    """
+    todo = [case for case in cases if str(case) not in folder.done]
+    left = sum(map(cost, todo))
+    began, spent, out = time.monotonic(), 0.0, []
+    for index, case in enumerate(todo):
+        outcome = live.outcome(case)
+        folder.add(outcome)
+        out.append(outcome)
+        spent, left = spent + cost(case), left - cost(case)
+        watch(outcome, len(todo) - index - 1, (time.monotonic() - began) / spent * left)
+        if fail_fast and outcome.verdict in ("fail", "error"):
+            break
+    return out
