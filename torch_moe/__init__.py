@@ -1,0 +1,10 @@
+"""A mixture-of-experts layer in PyTorch, over a (dp, tp) mesh of ranks."""
+
+from torch_moe.config import MoEConfig as MoEConfig
+from torch_moe.config import ParallelConfig as ParallelConfig
+from torch_moe.config import RouterConfig as RouterConfig
+from torch_moe.config import check as check
+from torch_moe.layer import MoE as MoE
+from torch_moe.layer import make_mesh as make_mesh
+from torch_moe.params import init as init
+from torch_moe.trace import Trace as Trace

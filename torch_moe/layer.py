@@ -1,0 +1,487 @@
+"""The layer: the only place that knows process groups, and the only place that reduces.
+
+    x - (SP scatter) - route - dispatch - experts - combine - (SP gather) - y
+                        '------------- shared expert -----------'
+
+Shapes: `t` rows of x on this rank, `n` real tokens this rank routes, `D` hidden size, `W` the routed experts' width, `E`
+experts, `K` experts per token, `S` the shared expert's intermediate size.
+
+Each branch, routed and shared, says over which mesh axes its value is still a partial sum. Branches that are partial over
+the same axes are added first, and every sum is reduced once:
+
+    parallel mode         routed        shared
+    one rank, DP, DP+EP   complete      complete
+    TP                    partial: tp   partial: tp
+    EP+SP, native         complete      complete      (each rank runs the whole shared expert on its own chunk)
+    EP, tp>1, SP off      partial: tp   partial: tp
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torch_moe import collectives, experts, layout, matmul, params, router, trace, transport
+from torch_moe._typing import Float, Float32, Int, Tensor
+from torch_moe.activation import Activation
+from torch_moe.config import MoEConfig, ParallelConfig, check
+from torch_moe.layout import TokenLayout
+from torch_moe.transport.base import Exchange, Handle, Placement, Transport
+
+MESH_AXES = ("dp", "tp")
+"""Names of the mesh's axes, both always there; rank = dp_index * tp + tp_index."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This rank's place in the mesh, and the groups it talks to; a group of one rank is None."""
+
+    dp_index: int
+    tp_index: int
+    dp: ProcessGroup | None
+    tp: ProcessGroup | None
+    world: ProcessGroup | None
+
+    def over(self, axis: str) -> ProcessGroup | None:
+        """The group along one mesh axis."""
+        return {"dp": self.dp, "tp": self.tp}[axis]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A branch's (n, D) float32 and the mesh axes over which it is still to be summed."""
+
+    value: Tensor
+    partial_over: tuple[str, ...]
+
+
+def make_mesh(parallel: ParallelConfig, device_type: str = "cpu") -> DeviceMesh | None:
+    """A (dp, tp) mesh over all ranks of the default process group, or None for one rank without one.
+
+    Args:
+        parallel: the sizes.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: the process group has another number of ranks.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+    if ranks is None and parallel.world == 1:
+        return None
+    if ranks != parallel.world:
+        found = "no process group" if ranks is None else f"a process group of {ranks}"
+        raise ValueError(f"dp={parallel.dp}, tp={parallel.tp}: allowed is dp * tp ranks, not {found}")
+    return init_device_mesh(device_type, (parallel.dp, parallel.tp), mesh_dim_names=MESH_AXES)
+
+
+def _ranks(parallel: ParallelConfig, mesh: DeviceMesh | None) -> Ranks:
+    if mesh is None:
+        if parallel.world > 1:
+            raise ValueError(
+                f"device_mesh=None: allowed with dp={parallel.dp}, tp={parallel.tp} is a mesh of "
+                f"({parallel.dp}, {parallel.tp}) with axes {MESH_AXES}"
+            )
+        return Ranks(dp_index=0, tp_index=0, dp=None, tp=None, world=None)
+    shape, names = tuple(mesh.shape), mesh.mesh_dim_names
+    if shape != (parallel.dp, parallel.tp) or names != MESH_AXES:
+        raise ValueError(
+            f"device_mesh of shape {shape} with axes {names}: allowed is ({parallel.dp}, {parallel.tp}) with axes {MESH_AXES}"
+        )
+    dp = mesh.get_group("dp") if parallel.dp > 1 else None
+    tp = mesh.get_group("tp") if parallel.tp > 1 else None
+    world = dp or tp
+    if dp is not None and tp is not None:
+        world = mesh._flatten("dp_tp").get_group()
+    if world is not None and dist.get_process_group_ranks(world) != mesh.mesh.flatten().tolist():
+        raise ValueError(f"device_mesh over ranks {mesh.mesh.tolist()}: allowed are ranks in ascending order")
+    return Ranks(dp_index=mesh.get_local_rank("dp"), tp_index=mesh.get_local_rank("tp"), dp=dp, tp=tp, world=world)
+
+
+def scatter_sequence(
+    x_tD: Float[Tensor, "t D"], *, tp: int, tp_index: int, group: ProcessGroup | None
+) -> Float[Tensor, "c D"]:
+    """This tp rank's chunk of rows that all tp ranks hold: ceil(t / tp) rows, zeros past the end."""
+    return collectives.scatter_rows(x_tD, layout.chunk_rows(x_tD.shape[0], tp), tp, tp_index, group)
+
+
+def gather_sequence(
+    y_cD: Float[Tensor, "c D"], *, rows: int, tp: int, tp_index: int, group: ProcessGroup | None
+) -> Float[Tensor, "t D"]:
+    """The chunks of all tp ranks, in order, trimmed to the rows that came in."""
+    return collectives.gather_rows(y_cD, rows, tp, tp_index, group)
+
+
+def reduce_partial(value: Float32[Tensor, "n D"], *, partial_over: tuple[str, ...], ranks: Ranks) -> Tensor:
+    """Completes a partial sum, in float32."""
+    for axis in partial_over:
+        value = collectives.all_reduce(value, ranks.over(axis))
+    return value
+
+
+def shared_expert(
+    x_nD: Float[Tensor, "n D"],
+    gate_up_MD: Float[Tensor, "M D"],
+    down_DS: Float[Tensor, "D S"],
+    gate_1D: Float[Tensor, "1 D"] | None,
+    *,
+    activation: Activation,
+    enter: Callable[[Tensor], Tensor] = lambda value: value,
+) -> Float32[Tensor, "n D"]:
+    """The shared expert, or this rank's part of its intermediate size, in which case the result is a partial sum.
+
+    Args:
+        x_nD: (n, D); x itself also where the routed experts read a latent.
+        gate_up_MD: (2S, D), or (S, D) ungated.
+        down_DS: (D, S).
+        gate_1D: (1, D) sigmoid gate, or None.
+        activation: the experts'.
+        enter: applied to whole values before ranks take different parts of the work.
+
+    Returns:
+        (n, D) float32.
+    """
+    inner_nM = matmul.linear(enter(x_nD), gate_up_MD, tensor_cores=True)
+    h_nS = experts.activate(inner_nM, activation=activation).to(x_nD.dtype)
+    y_nD = matmul.linear(h_nS, down_DS, tensor_cores=True)
+    if gate_1D is not None:
+        y_nD = y_nD * enter(torch.sigmoid(matmul.linear(x_nD, gate_1D, tensor_cores=False)))
+    return y_nD
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer that holds this rank's part of the parameters.
+
+    Parameters are NaN until `load_params`.
+
+    Gradients: the loss is a sum over tokens, taken by every rank over its own y; tp ranks that hold the same tokens take
+    the same loss, which counts once. After backward the gradients of x and of all parameters are complete over tp, and
+    those of experts split by expert parallelism are complete. The others are this DP rank's part: sum them over dp.
+    Backward communicates, so every rank calls it, and x requires a gradient on all ranks or on none.
+
+    Args:
+        config: the layer.
+        parallel: how it is spread; one rank by default.
+        device_mesh: `make_mesh(parallel)`, or any mesh of that shape with axes ("dp", "tp"); None for one rank.
+        device: of the parameters; by default the mesh's current device.
+
+    Raises:
+        ValueError: sizes that do not divide, or another mesh than `parallel` says.
+
+    Example:
+        >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=16, dtype="float32")
+        >>> moe = MoE(config)
+        >>> moe.load_params(params.init(config))
+        >>> moe(torch.randn(3, 8)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        parallel: ParallelConfig | None = None,
+        device_mesh: DeviceMesh | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        parallel = ParallelConfig() if parallel is None else parallel
+        check(config, parallel)
+        self.config = config
+        self.parallel = parallel
+        self.ranks = _ranks(parallel, device_mesh)
+        if device is None and device_mesh is not None and device_mesh.device_type != "cpu":
+            device = torch.device(
+                device_mesh.device_type, torch.get_device_module(device_mesh.device_type).current_device()
+            )
+        self.activation = Activation(
+            name=config.activation,
+            gated=config.gated,
+            layout=config.gate_up_layout,
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+        )
+        index = self.ranks.dp_index * parallel.tp + self.ranks.tp_index
+        local_experts = config.num_experts // parallel.ep
+        self.placement = Placement(
+            num_experts=config.num_experts,
+            first_expert=index * local_experts if parallel.expert_parallel else 0,
+            local_experts=local_experts,
+        )
+        parts = params.allocate(
+            config, parallel, dp_index=self.ranks.dp_index, tp_index=self.ranks.tp_index, device=device
+        )
+        self.experts = params.ExpertParams(parts)
+        self.router = params.RouterParams(parts)
+        self.shared = params.SharedParams(parts) if config.shared_width else None
+        self.latent = params.LatentParams(parts) if config.latent_size is not None else None
+
+    @torch.no_grad()
+    def load_params(self, full: Mapping[str, Tensor]) -> None:
+        """Copies this rank's part of whole parameters in checkpoint layout.
+
+        Args:
+            full: exactly the names of `params.specs(config)`. Only this rank's part of each is read.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape or dtype is another.
+        """
+        params.check_full(full, self.config)
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, target in own.items():
+            part = params.local_part(
+                name, full[name], self.config, self.parallel, dp_index=self.ranks.dp_index, tp_index=self.ranks.tp_index
+            )
+            target.copy_(part)
+
+    def forward(
+        self,
+        x_tD: Float[Tensor, "t D"],
+        *,
+        router_logits: Float[Tensor, "t E"] | None = None,
+        topk_ids: Int[Tensor, "t K"] | None = None,
+        topk_weights: Float[Tensor, "t K"] | None = None,
+        counts: Sequence[int] | None = None,
+        trace: bool = False,
+    ) -> Tensor | tuple[Tensor, trace.Trace]:
+        """Routes every real token to its experts and sums what they answer. Every rank of the mesh must call it.
+
+        Args:
+            x_tD: (t, D) in the configuration's dtype: this rank's tokens, the same on the tp ranks of a DP rank, unless
+                the token layout is "dp_tp". t may differ between DP ranks and may be 0.
+            router_logits: (t, E), given exactly when the router's source is "logits". Lies as x does.
+            topk_ids: (t, K) integers, given exactly when the source is "ids"; distinct within a token.
+            topk_weights: (t, K) floating point, with topk_ids.
+            counts: real rows of x per DP rank (layout "dp_tp": per rank), the same sequence on every rank. Rows past
+                them are padding, which may hold anything. None: every row is real.
+            trace: also return the routing and the sort.
+
+        Returns:
+            (t, D) in the configuration's dtype, zeros in padding rows; with `trace`, also a `Trace`.
+
+        Raises:
+            ValueError: an input of another shape, dtype or value than allowed, before anything is communicated; or,
+                on every rank alike, sizes that do not fit together between ranks.
+        """
+        if counts is not None:
+            counts = layout.check_counts(counts, self.parallel)
+        self._check_inputs(x_tD, router_logits, topk_ids, topk_weights, counts)
+        tokens = self._locate(x_tD, counts, everyone=trace)
+
+        x_nD = self._own(x_tD, tokens)
+        logits_nE, ids_nK, weights_nK = self._route(
+            x_nD,
+            *(None if given is None else self._own(given, tokens) for given in (router_logits, topk_ids, topk_weights)),
+        )
+        routed, handle = self._routed_branch(x_nD, ids_nK, weights_nK, tokens)
+        branches = [routed]
+        if self.shared is not None:
+            branches.append(self._shared_branch(x_nD, self.shared))
+        y_nD = self._complete(branches).to(x_tD.dtype)
+
+        y_tD = F.pad(y_nD, (0, 0, 0, tokens.own_rows - tokens.own_real))
+        if self._scatters:
+            y_tD = gather_sequence(
+                y_tD,
+                rows=tokens.array_rows,
+                tp=self.parallel.tp,
+                tp_index=self.ranks.tp_index,
+                group=self.ranks.tp,
+            )
+        if not trace:
+            return y_tD
+        return y_tD, self._trace(tokens, logits_nE, ids_nK, weights_nK, handle)
+
+    @property
+    def _scatters(self) -> bool:
+        """Whether tokens come replicated over tp and each tp rank takes its chunk."""
+        return self.parallel.sp and self.parallel.token_layout == "dp"
+
+    @property
+    def _partial_over(self) -> tuple[str, ...]:
+        """Axes over which ranks hold the same tokens and parts of the work."""
+        return ("tp",) if self.parallel.tp > 1 and not self.parallel.sp else ()
+
+    def _enter(self, value: Tensor) -> Tensor:
+        """A value that is whole on every tp rank, where tp ranks go on to do different parts of the work with it."""
+        return collectives.replicated(value, self.ranks.tp) if self._partial_over else value
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """A parameter that is whole on every tp rank, where tp ranks apply it to different tokens."""
+        return collectives.replicated(parameter, self.ranks.tp) if self.parallel.sp else parameter
+
+    def _check_inputs(
+        self,
+        x_tD: Tensor,
+        router_logits: Tensor | None,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        counts: Sequence[int] | None,
+    ) -> None:
+        config = self.config
+        dtype = params.DTYPES[config.dtype]
+        if x_tD.dim() != 2 or x_tD.shape[1] != config.hidden_size:
+            raise ValueError(f"x of shape {tuple(x_tD.shape)}: allowed is (t, {config.hidden_size})")
+        if x_tD.dtype != dtype:
+            raise ValueError(f"x of dtype {x_tD.dtype}: allowed is {dtype}")
+        source, rows = config.router.source, x_tD.shape[0]
+        for name, given, needed_by, width, floating in (
+            ("router_logits", router_logits, "logits", config.num_experts, True),
+            ("topk_ids", topk_ids, "ids", config.top_k, False),
+            ("topk_weights", topk_weights, "ids", config.top_k, True),
+        ):
+            if (given is not None) != (source == needed_by):
+                found = "None" if given is None else "a tensor"
+                allowed = "a tensor" if given is None else "None"
+                raise ValueError(f"{name}={found}: allowed with router source {source!r} is {allowed}")
+            if given is None:
+                continue
+            if tuple(given.shape) != (rows, width):
+                raise ValueError(f"{name} of shape {tuple(given.shape)}: allowed is {(rows, width)}")
+            if given.dtype.is_floating_point != floating or given.dtype.is_complex or given.dtype == torch.bool:
+                kind = "floating point" if floating else "an integer"
+                raise ValueError(f"{name} of dtype {given.dtype}: allowed is {kind} dtype")
+        real = layout.own_count(counts, rows, self.parallel, self.ranks.dp_index, self.ranks.tp_index)
+        if topk_ids is not None:
+            self._check_ids(topk_ids[:real])
+
+    def _check_ids(self, topk_ids: Tensor) -> None:
+        ordered = topk_ids.sort(dim=-1).values
+        wrong = (ordered[:, :1] < 0) | (ordered[:, -1:] >= self.config.num_experts)
+        wrong = (wrong | (ordered.diff(dim=-1) == 0).any(-1, keepdim=True)).flatten()
+        if wrong.any():
+            token = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"topk_ids of token {token} are {topk_ids[token].tolist()}: allowed are distinct ids from 0 to "
+                f"{self.config.num_experts - 1}"
+            )
+
+    def _locate(self, x_tD: Tensor, counts: tuple[int, ...] | None, *, everyone: bool) -> TokenLayout:
+        """Where this rank's tokens lie; asks the ranks it shares work with for their sizes."""
+        parallel, ranks = self.parallel, self.ranks
+        rows = x_tD.shape[0]
+        everyone = everyone or parallel.ep > 1
+        given = (-1,) if counts is None else counts
+        expected = parallel.world if parallel.token_layout == "dp_tp" else parallel.dp
+        message = [rows, *given, *[-1] * (expected - len(given))]
+        reported = collectives.share_integers(message, ranks.world if everyone else ranks.tp, x_tD.device)
+        first = 0 if everyone else ranks.dp_index * parallel.tp
+        arrays = [report[0] for report in reported]
+        layout.check_agreement(
+            arrays, [report[1:] for report in reported], parallel, range(first, first + len(reported))
+        )
+        real = layout.own_count(counts, rows, parallel, ranks.dp_index, ranks.tp_index)
+        if not everyone:
+            return TokenLayout(array_rows=rows, own_rows=rows, own_real=real, sizes=(real,), offset=None)
+        by_rank = layout.real_by_rank(arrays, counts, parallel)
+        index = ranks.dp_index * parallel.tp + ranks.tp_index if parallel.sp else ranks.dp_index
+        return TokenLayout(
+            array_rows=rows,
+            own_rows=layout.chunk_rows(rows, parallel.tp) if self._scatters else rows,
+            own_real=by_rank[index],
+            sizes=by_rank if parallel.ep > 1 else (real,),
+            offset=sum(by_rank[:index]),
+        )
+
+    def _own(self, value: Tensor, tokens: TokenLayout) -> Tensor:
+        """The real rows that this rank routes. Cutting padding off here keeps whatever it holds out of every sum."""
+        if self._scatters:
+            value = scatter_sequence(value, tp=self.parallel.tp, tp_index=self.ranks.tp_index, group=self.ranks.tp)
+        return value[: tokens.own_real]
+
+    def _route(
+        self, x_nD: Tensor, logits: Tensor | None, topk_ids: Tensor | None, topk_weights: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if topk_ids is not None and topk_weights is not None:
+            return None, topk_ids.to(torch.int32), topk_weights.float()
+        if logits is None:
+            logits = router.compute_logits(x_nD, self._whole(cast(Tensor, self.router.gate)))
+        logits = logits.float()
+        ids, weights = router.route(logits, self.router.bias, router=self.config.router, top_k=self.config.top_k)
+        return logits, ids, weights
+
+    def _routed_branch(
+        self, x_nD: Tensor, ids_nK: Tensor, weights_nK: Tensor, tokens: TokenLayout
+    ) -> tuple[Branch, Handle]:
+        mover = cast(Transport, getattr(transport, cast(str, self.parallel.transport)))
+        x_nW = x_nD
+        if self.latent is not None:
+            x_nW = matmul.linear(x_nD, self._whole(self.latent.down), tensor_cores=True).to(x_nD.dtype)
+        group = None
+        if self.parallel.ep > 1:
+            group = self.ranks.dp if self._partial_over else self.ranks.world
+        rows_RW, handle = mover.dispatch(
+            self._enter(x_nW),
+            ids_nK,
+            self._enter(weights_nK),
+            placement=self.placement,
+            exchange=Exchange(group=group, sizes=tokens.sizes),
+            weight_on_input=self.config.router.weight_on_input,
+        )
+        routed = Branch(
+            value=mover.combine(self._run_experts(rows_RW, handle), handle), partial_over=self._partial_over
+        )
+        if self.latent is None:
+            return routed, handle
+        whole_nL = reduce_partial(routed.value, partial_over=routed.partial_over, ranks=self.ranks).to(x_nD.dtype)
+        up = matmul.linear(whole_nL, self._whole(self.latent.up), tensor_cores=True)
+        return Branch(value=up, partial_over=()), handle
+
+    def _run_experts(self, rows_RW: Tensor, handle: Handle) -> Tensor:
+        weights = self.experts
+        down_bias = weights.down_bias
+        if down_bias is not None and self.parallel.splits_intermediate:
+            # Every tp rank adds up its part of F; the bias belongs to the sum, once.
+            down_bias = collectives.on_first(down_bias, self.ranks.tp_index == 0)
+        sizes, num_rows = handle.plan.group_sizes, handle.num_rows
+        h_RF = experts.gate_up(
+            rows_RW,
+            weights.gate_up,
+            sizes,
+            activation=self.activation,
+            bias_eM=weights.gate_up_bias,
+            num_rows=num_rows,
+        )
+        return experts.down(h_RF, weights.down, sizes, bias_eW=down_bias, num_rows=num_rows)
+
+    def _shared_branch(self, x_nD: Tensor, weights: params.SharedParams) -> Branch:
+        value = shared_expert(
+            x_nD,
+            self._whole(weights.gate_up),
+            self._whole(weights.down),
+            None if weights.gate is None else self._whole(weights.gate),
+            activation=self.activation,
+            enter=self._enter,
+        )
+        return Branch(value=value, partial_over=self._partial_over)
+
+    def _complete(self, branches: Sequence[Branch]) -> Tensor:
+        """Adds the branches up, each reduced over just the axes it is partial over."""
+        sums: dict[tuple[str, ...], Tensor] = {}
+        for branch in branches:
+            held = sums.get(branch.partial_over)
+            sums[branch.partial_over] = branch.value if held is None else held + branch.value
+        done = [reduce_partial(value, partial_over=axes, ranks=self.ranks) for axes, value in sums.items()]
+        return sum(done[1:], start=done[0])
+
+    @torch.no_grad()
+    def _trace(
+        self, tokens: TokenLayout, logits_nE: Tensor | None, ids_nK: Tensor, weights_nK: Tensor, handle: Handle
+    ) -> trace.Trace:
+        load = trace.count_ids(ids_nK, self.config.num_experts)
+        load = collectives.sum_ranks(load, self.ranks.world if self.parallel.sp else self.ranks.dp)
+        assert tokens.offset is not None, "a trace numbers tokens over all ranks"
+        return trace.collect(
+            tokens,
+            logits_nE,
+            ids_nK,
+            weights_nK,
+            handle.plan,
+            first_token=0 if self.parallel.ep > 1 else tokens.offset,
+            expert_load_E=load,
+        )

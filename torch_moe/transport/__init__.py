@@ -1,0 +1,5 @@
+"""How rows reach the ranks that hold their experts, and how results come back."""
+
+from torch_moe.transport import allgather as allgather
+from torch_moe.transport import base as base
+from torch_moe.transport import local as local
