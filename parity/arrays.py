@@ -1,7 +1,7 @@
 """Arrays on disk, shared between processes by memory map.
 
-NumPy alone has no bfloat16, and the PyTorch workers have no `ml_dtypes`: bfloat16 travels as its uint16 bits with
-the dtype's name beside it.
+NumPy alone has no bfloat16, and PyTorch knows none of NumPy's extension types: bfloat16 travels as its uint16 bits
+with the dtype's name beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
@@ -43,10 +44,8 @@ def float32_of_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def bits_of_float32(values: np.ndarray) -> np.ndarray:
-    """float32 values rounded to bfloat16 bits, to nearest, ties to even. NaN stays NaN."""
-    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    """float32 values rounded to bfloat16 bits, to nearest, ties to even."""
+    return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def values(ref: ArrayRef) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.case import Flags
 
-# Abramowitz and Stegun's approximations reach 1e-7; the oracle wants float64, so the C library's erf, element by element.
+# NumPy has no erf; the C library's is exact to float64, element by element.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 

@@ -9,7 +9,7 @@ error that correct arithmetic in the case's dtype makes on the way to it (see pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,8 @@ class Reference:
     """(T, K) relative variance of the weights."""
     slot_norm: np.ndarray
     """(T, K) norm of each chosen expert's part of the output."""
+    replay: Callable[[np.ndarray], Reference]
+    """The reference for another choice of experts (T, K): a framework's own, where the oracle's was within rounding."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def reference(case: Case, arrays: Mapping[str, ArrayRef], *, ids: np.ndarray | N
         weights=weights,
         weight_variance=weight_variance,
         slot_norm=slot_norm,
+        replay=lambda ids: reference(case, arrays, ids=ids),
     )
 
 

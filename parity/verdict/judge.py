@@ -1,0 +1,57 @@
+"""The verdict on a case."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from parity.case import Case
+from parity.oracle import Reference
+from parity.results import RankResult
+from parity.tolerance import SENSITIVITY, ErrorModel
+from parity.verdict.gate import GATES, Gate
+from parity.verdict.numbers import Side, between, compare, nontrivial, numbers, output, routing, sensitive
+from parity.verdict.structure import structure
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a case comes to: "pass" or "fail", why, every gate, and numbers for the report."""
+
+    verdict: str
+    reason: str
+    gates: list[Gate]
+    metrics: dict = field(default_factory=dict)
+
+
+def judge(case: Case, reference: Reference, results: Mapping[str, Sequence[RankResult]]) -> Judgement:
+    """Hold every framework's ranks against the oracle and against each other.
+
+    Args:
+      case: what was run.
+      reference: the oracle's answer for it.
+      results: framework -> the results of ranks 0 to world - 1.
+    """
+    model = ErrorModel(case.format)
+    gates = [nontrivial(case, reference), sensitive(case, reference, model)]
+    metrics: dict = {"frameworks": {}, "sensitivity": gates[-1].margin and gates[-1].margin * SENSITIVITY}
+    sides: dict[str, Side] = {}
+    for name, ranks in results.items():
+        found = structure(case, reference, name, ranks)
+        gates += found
+        if not all(gate.passed for gate in found if gate.gate == "sane"):
+            continue  # numbers of the wrong shape or kind cannot be compared
+        side = Side.of(case, reference, ranks, model)
+        sides[name] = side
+        gates += routing(case, side, name, model) + output(case, side, name, model)
+        metrics["frameworks"][name] = numbers(case, side, model)
+    for one, other in itertools.combinations(sides, 2):
+        gates.append(between(case, (one, sides[one]), (other, sides[other]), model))
+        metrics[f"{one} vs {other}"] = compare(sides[one], sides[other])
+    failed = [gate for gate in gates if not gate.passed]
+    failed.sort(key=lambda gate: GATES.index(gate.gate))
+    margins = [gate.margin for gate in gates if gate.margin is not None and gate.gate != "sensitive"]
+    metrics["margin"] = max(margins, default=0.0)
+    reason = f"{failed[0].gate}: {failed[0].framework}: {failed[0].detail}" if failed else ""
+    return Judgement("fail" if failed else "pass", reason, gates, metrics)

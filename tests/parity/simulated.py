@@ -1,0 +1,47 @@
+"""A framework that is right by construction: the oracle's answer, rounded, laid out on ranks as a framework would."""
+
+import numpy as np
+
+from parity.arrays import bits_of_float32, float32_of_bits
+from parity.fixtures import DTYPE
+from parity.results import RankResult
+from parity.verdict.layout import holdings
+
+
+def rounded(values, case):
+    return float32_of_bits(bits_of_float32(values)) if case.format == "bf16" else values.astype(np.float32)
+
+
+def simulate(case, reference, *, padding=2, **changes):
+    """RankResults of every rank. `padding` rows are added to each rank; `changes` replace fields on every rank."""
+    ids, weights = reference.ids, reference.weights.astype(np.float32)
+    logits = None if reference.logits is None else reference.logits.astype(np.float32)
+    load = np.bincount(ids.ravel(), minlength=case.experts)
+    local = case.experts // case.ep_size
+    y = rounded(reference.y, case)
+    out = []
+    for rank, (start, count) in enumerate(holdings(case)):
+        first = sum(case.rank_counts[:rank]) if case.sequence_parallel else start
+        routed = np.arange(first, first + case.rank_counts[rank])
+        visible = np.arange(case.total_tokens) if case.ep else start + np.arange(count)
+        low = rank * local if case.ep else 0
+        token, slot = np.nonzero((ids[visible] >= low) & (ids[visible] < low + local))
+        expert = ids[visible][token, slot] - low
+        order = np.lexsort((slot, token, expert))
+        fill = lambda values, pad, value: np.concatenate(
+            [values, np.full((pad, *values.shape[1:]), value, values.dtype)]
+        )  # noqa: E731, E501
+        values = dict(
+            y=fill(y[start : start + count], padding, 0.0),
+            y_dtype=DTYPE[case.format],
+            token_index=fill(routed, padding, -1),
+            router_logits=None if logits is None else fill(logits[routed], padding, np.nan),
+            topk_ids=fill(ids[routed], padding, case.experts),
+            topk_weights=fill(weights[routed], padding, 0.0),
+            group_sizes=np.bincount(expert, minlength=local),
+            row_token=fill(visible[token[order]], padding, -1),
+            row_slot=fill(slot[order], padding, 0),
+            expert_load=load,
+        )
+        out.append(RankResult(**(values | changes)))
+    return out

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from parity.tolerance import RMS, ErrorModel, bound, element_bound, spread
+
+
+def test_one_rounding_costs_what_the_constant_says():
+    values = np.exp2(np.random.default_rng(0).uniform(0, 8, 200_000)).astype(np.float32)
+    from parity.arrays import bits_of_float32, float32_of_bits
+
+    relative = (float32_of_bits(bits_of_float32(values)) - values) / values
+    assert np.sqrt(np.mean(relative.astype(float) ** 2)) / ErrorModel("bf16").u == pytest.approx(RMS, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 4, 32, 256, 4096])
+def test_spread_covers_chance_and_narrows_with_numbers(count):
+    draws = np.random.default_rng(1).standard_normal((20_000, count)) if count <= 256 else None
+    if draws is not None:
+        assert np.sqrt((draws**2).mean(axis=1)).max() < spread(count)
+    assert spread(4 * count) < spread(count)
+    assert spread(10**7) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("depth", [64, 1024])
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_a_running_float32_sum_errs_as_the_model_says(depth, mean):
+    rng = np.random.default_rng(2)
+    a = (rng.standard_normal((200, depth)) + mean).astype(np.float32)
+    b = (rng.standard_normal(depth) + mean).astype(np.float32)
+    total = np.zeros(200, np.float32)
+    for i in range(depth):
+        total = total + a[:, i] * b[i]
+    exact = a.astype(float) @ b.astype(float)
+    model = ErrorModel("f32")
+    variance = model.matmul((a.astype(float) ** 2).sum(1, keepdims=True), np.array([(b.astype(float) ** 2).sum()]),
+                            exact[:, None], depth)  # fmt: skip
+    ratio = np.sqrt(((total - exact) ** 2).sum() / variance.sum()) / model.unit
+    assert 0.3 < ratio < 1.1
+
+
+def test_an_elements_bound_is_its_rounding_and_what_came_before():
+    value = np.array([[1.0, 2.0]])
+    model = ErrorModel("bf16")
+    assert element_bound(value**2, value, model).tolist() == [[model.u, 2 * model.u]]
+    assert (element_bound(value**2 + 1, value, model) > element_bound(value**2, value, model)).all()
+
+
+def test_a_bound_scales_with_the_error_it_bounds():
+    model = ErrorModel("bf16")
+    assert bound(np.array(4.0), 100, model) == pytest.approx(2 * bound(np.array(1.0), 100, model))
