@@ -5,6 +5,6 @@ from torch_moe.config import ParallelConfig as ParallelConfig
 from torch_moe.config import RouterConfig as RouterConfig
 from torch_moe.config import check as check
 from torch_moe.layer import MoE as MoE
-from torch_moe.layer import make_mesh as make_mesh
+from torch_moe.mesh import make_mesh as make_mesh
 from torch_moe.params import init as init
 from torch_moe.trace import Trace as Trace

@@ -161,7 +161,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def all_gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """Every rank's rows, in rank order: (n, ...) to (T, ...). Gradient: summed in float32 and handed back to the owners.
+    """Every rank's rows, in rank order: (n, ...) to (T, ...). Gradient: summed in float32, each row to its owner.
 
     Args:
         x: this rank's rows, as many as its entry of `sizes`.
@@ -182,7 +182,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def replicated(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """x itself, equal on every rank of the group, of which each uses it for its own part. Gradient: the sum of parts."""
+    """x itself, equal on every rank of a group whose ranks do different parts with it. Gradient: the parts' sum."""
     return x if group is None else _Replicated.apply(x, group)
 
 

@@ -1,7 +1,7 @@
 """What the layer is (`MoEConfig`, `RouterConfig`) and how it is spread over ranks (`ParallelConfig`).
 
-Frozen, keyword-only, validated on construction. Every error is a `ValueError` that names the field, the value it had and
-what is allowed, and is raised before anything is allocated or communicated.
+Frozen, keyword-only, validated on construction. Every error is a `ValueError` that names the field, the value it had
+and what is allowed, and is raised before anything is allocated or communicated.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ class MoEConfig:
                 _whole_number(self, field, 1)
         if self.shared_gate and self.shared_width == 0:
             raise ValueError(
-                "shared_gate=True: allowed only with a shared expert, num_shared_experts >= 1 or shared_intermediate_size"
+                "shared_gate=True: allowed only with num_shared_experts >= 1 or a shared_intermediate_size"
             )
         _one_of(self, "dtype", get_args(DtypeName))
         _one_of(self, "quantization", (None,))

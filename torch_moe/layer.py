@@ -3,11 +3,11 @@
     x - (SP scatter) - route - dispatch - experts - combine - (SP gather) - y
                         '------------- shared expert -----------'
 
-Shapes: `t` rows of x on this rank, `n` real tokens this rank routes, `D` hidden size, `W` the routed experts' width, `E`
-experts, `K` experts per token, `S` the shared expert's intermediate size.
+Shapes: `t` rows of x on this rank, `n` real tokens this rank routes, `c` rows of a sequence chunk, `D` hidden size, `W`
+the routed experts' width, `E` experts, `K` experts per token, `S` the shared expert's intermediate size.
 
-Each branch, routed and shared, says over which mesh axes its value is still a partial sum. Branches that are partial over
-the same axes are added first, and every sum is reduced once:
+Each branch, routed and shared, says over which mesh axes its value is still a partial sum. Branches that are partial
+over the same axes are added first, and every sum is reduced once:
 
     parallel mode         routed        shared
     one rank, DP, DP+EP   complete      complete
@@ -21,36 +21,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from torch_moe import collectives, experts, layout, matmul, params, router, trace, transport
+from torch_moe import collectives, experts, inputs, layout, matmul, params, router, trace, transport
 from torch_moe._typing import Float, Float32, Int, Tensor
 from torch_moe.activation import Activation
 from torch_moe.config import MoEConfig, ParallelConfig, check
 from torch_moe.layout import TokenLayout
+from torch_moe.mesh import Ranks, find_ranks
 from torch_moe.transport.base import Exchange, Handle, Placement, Transport
-
-MESH_AXES = ("dp", "tp")
-"""Names of the mesh's axes, both always there; rank = dp_index * tp + tp_index."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This rank's place in the mesh, and the groups it talks to; a group of one rank is None."""
-
-    dp_index: int
-    tp_index: int
-    dp: ProcessGroup | None
-    tp: ProcessGroup | None
-    world: ProcessGroup | None
-
-    def over(self, axis: str) -> ProcessGroup | None:
-        """The group along one mesh axis."""
-        return {"dp": self.dp, "tp": self.tp}[axis]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,48 +41,6 @@ class Branch:
 
     value: Tensor
     partial_over: tuple[str, ...]
-
-
-def make_mesh(parallel: ParallelConfig, device_type: str = "cpu") -> DeviceMesh | None:
-    """A (dp, tp) mesh over all ranks of the default process group, or None for one rank without one.
-
-    Args:
-        parallel: the sizes.
-        device_type: "cpu" or "cuda".
-
-    Raises:
-        ValueError: the process group has another number of ranks.
-    """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
-    if ranks is None and parallel.world == 1:
-        return None
-    if ranks != parallel.world:
-        found = "no process group" if ranks is None else f"a process group of {ranks}"
-        raise ValueError(f"dp={parallel.dp}, tp={parallel.tp}: allowed is dp * tp ranks, not {found}")
-    return init_device_mesh(device_type, (parallel.dp, parallel.tp), mesh_dim_names=MESH_AXES)
-
-
-def _ranks(parallel: ParallelConfig, mesh: DeviceMesh | None) -> Ranks:
-    if mesh is None:
-        if parallel.world > 1:
-            raise ValueError(
-                f"device_mesh=None: allowed with dp={parallel.dp}, tp={parallel.tp} is a mesh of "
-                f"({parallel.dp}, {parallel.tp}) with axes {MESH_AXES}"
-            )
-        return Ranks(dp_index=0, tp_index=0, dp=None, tp=None, world=None)
-    shape, names = tuple(mesh.shape), mesh.mesh_dim_names
-    if shape != (parallel.dp, parallel.tp) or names != MESH_AXES:
-        raise ValueError(
-            f"device_mesh of shape {shape} with axes {names}: allowed is ({parallel.dp}, {parallel.tp}) with axes {MESH_AXES}"
-        )
-    dp = mesh.get_group("dp") if parallel.dp > 1 else None
-    tp = mesh.get_group("tp") if parallel.tp > 1 else None
-    world = dp or tp
-    if dp is not None and tp is not None:
-        world = mesh._flatten("dp_tp").get_group()
-    if world is not None and dist.get_process_group_ranks(world) != mesh.mesh.flatten().tolist():
-        raise ValueError(f"device_mesh over ranks {mesh.mesh.tolist()}: allowed are ranks in ascending order")
-    return Ranks(dp_index=mesh.get_local_rank("dp"), tp_index=mesh.get_local_rank("tp"), dp=dp, tp=tp, world=world)
 
 
 def scatter_sequence(
@@ -159,9 +99,9 @@ class MoE(nn.Module):
 
     Parameters are NaN until `load_params`.
 
-    Gradients: the loss is a sum over tokens, taken by every rank over its own y; tp ranks that hold the same tokens take
-    the same loss, which counts once. After backward the gradients of x and of all parameters are complete over tp, and
-    those of experts split by expert parallelism are complete. The others are this DP rank's part: sum them over dp.
+    Gradients: the loss is a sum over tokens, taken by every rank over its own y; tp ranks that hold the same tokens
+    take the same loss, which counts once. After backward the gradients of x and of all parameters are complete over tp,
+    and those of experts split by expert parallelism are complete. The others are this DP rank's part: sum them over dp.
     Backward communicates, so every rank calls it, and x requires a gradient on all ranks or on none.
 
     Args:
@@ -194,7 +134,7 @@ class MoE(nn.Module):
         check(config, parallel)
         self.config = config
         self.parallel = parallel
-        self.ranks = _ranks(parallel, device_mesh)
+        self.ranks = find_ranks(parallel, device_mesh)
         if device is None and device_mesh is not None and device_mesh.device_type != "cpu":
             device = torch.device(
                 device_mesh.device_type, torch.get_device_module(device_mesh.device_type).current_device()
@@ -268,10 +208,12 @@ class MoE(nn.Module):
             ValueError: an input of another shape, dtype or value than allowed, before anything is communicated; or,
                 on every rank alike, sizes that do not fit together between ranks.
         """
-        if counts is not None:
-            counts = layout.check_counts(counts, self.parallel)
-        self._check_inputs(x_tD, router_logits, topk_ids, topk_weights, counts)
-        tokens = self._locate(x_tD, counts, everyone=trace)
+        inputs.check_x(x_tD, self.config)
+        counts = None if counts is None else layout.check_counts(counts, self.parallel)
+        rows = x_tD.shape[0]
+        real = layout.own_count(counts, rows, self.parallel, self.ranks.dp_index, self.ranks.tp_index)
+        inputs.check_routing(router_logits, topk_ids, topk_weights, config=self.config, rows=rows, real=real)
+        tokens = self._locate(rows, real, counts, x_tD.device, everyone=trace)
 
         x_nD = self._own(x_tD, tokens)
         logits_nE, ids_nK, weights_nK = self._route(
@@ -315,67 +257,21 @@ class MoE(nn.Module):
         """A parameter that is whole on every tp rank, where tp ranks apply it to different tokens."""
         return collectives.replicated(parameter, self.ranks.tp) if self.parallel.sp else parameter
 
-    def _check_inputs(
-        self,
-        x_tD: Tensor,
-        router_logits: Tensor | None,
-        topk_ids: Tensor | None,
-        topk_weights: Tensor | None,
-        counts: Sequence[int] | None,
-    ) -> None:
-        config = self.config
-        dtype = params.DTYPES[config.dtype]
-        if x_tD.dim() != 2 or x_tD.shape[1] != config.hidden_size:
-            raise ValueError(f"x of shape {tuple(x_tD.shape)}: allowed is (t, {config.hidden_size})")
-        if x_tD.dtype != dtype:
-            raise ValueError(f"x of dtype {x_tD.dtype}: allowed is {dtype}")
-        source, rows = config.router.source, x_tD.shape[0]
-        for name, given, needed_by, width, floating in (
-            ("router_logits", router_logits, "logits", config.num_experts, True),
-            ("topk_ids", topk_ids, "ids", config.top_k, False),
-            ("topk_weights", topk_weights, "ids", config.top_k, True),
-        ):
-            if (given is not None) != (source == needed_by):
-                found = "None" if given is None else "a tensor"
-                allowed = "a tensor" if given is None else "None"
-                raise ValueError(f"{name}={found}: allowed with router source {source!r} is {allowed}")
-            if given is None:
-                continue
-            if tuple(given.shape) != (rows, width):
-                raise ValueError(f"{name} of shape {tuple(given.shape)}: allowed is {(rows, width)}")
-            if given.dtype.is_floating_point != floating or given.dtype.is_complex or given.dtype == torch.bool:
-                kind = "floating point" if floating else "an integer"
-                raise ValueError(f"{name} of dtype {given.dtype}: allowed is {kind} dtype")
-        real = layout.own_count(counts, rows, self.parallel, self.ranks.dp_index, self.ranks.tp_index)
-        if topk_ids is not None:
-            self._check_ids(topk_ids[:real])
-
-    def _check_ids(self, topk_ids: Tensor) -> None:
-        ordered = topk_ids.sort(dim=-1).values
-        wrong = (ordered[:, :1] < 0) | (ordered[:, -1:] >= self.config.num_experts)
-        wrong = (wrong | (ordered.diff(dim=-1) == 0).any(-1, keepdim=True)).flatten()
-        if wrong.any():
-            token = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"topk_ids of token {token} are {topk_ids[token].tolist()}: allowed are distinct ids from 0 to "
-                f"{self.config.num_experts - 1}"
-            )
-
-    def _locate(self, x_tD: Tensor, counts: tuple[int, ...] | None, *, everyone: bool) -> TokenLayout:
+    def _locate(
+        self, rows: int, real: int, counts: tuple[int, ...] | None, device: torch.device, *, everyone: bool
+    ) -> TokenLayout:
         """Where this rank's tokens lie; asks the ranks it shares work with for their sizes."""
         parallel, ranks = self.parallel, self.ranks
-        rows = x_tD.shape[0]
         everyone = everyone or parallel.ep > 1
         given = (-1,) if counts is None else counts
         expected = parallel.world if parallel.token_layout == "dp_tp" else parallel.dp
         message = [rows, *given, *[-1] * (expected - len(given))]
-        reported = collectives.share_integers(message, ranks.world if everyone else ranks.tp, x_tD.device)
+        reported = collectives.share_integers(message, ranks.world if everyone else ranks.tp, device)
         first = 0 if everyone else ranks.dp_index * parallel.tp
         arrays = [report[0] for report in reported]
         layout.check_agreement(
             arrays, [report[1:] for report in reported], parallel, range(first, first + len(reported))
         )
-        real = layout.own_count(counts, rows, parallel, ranks.dp_index, ranks.tp_index)
         if not everyone:
             return TokenLayout(array_rows=rows, own_rows=rows, own_real=real, sizes=(real,), offset=None)
         by_rank = layout.real_by_rank(arrays, counts, parallel)

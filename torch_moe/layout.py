@@ -27,7 +27,7 @@ class TokenLayout:
         array_rows: t, rows of the array this rank was given and will return.
         own_rows: rows this rank routes, padding included: its chunk under sequence parallelism, else `array_rows`.
         own_real: the real ones among them, which come first.
-        sizes: `own_real` of every rank that tokens are exchanged with, in rank order; just this rank's without exchange.
+        sizes: `own_real` of every rank that tokens are exchanged with, in rank order; without exchange, of this rank.
         offset: the dense index of this rank's first real row, None where no rank asked.
     """
 

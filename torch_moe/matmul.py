@@ -3,8 +3,8 @@
 Shapes: `t` tokens, `R` rows sorted by expert, `e` experts here, `M` columns in, `N` columns out.
 
 How bfloat16 is multiplied depends on the device. On CUDA the tensor cores accumulate in float32. On a CPU both operands
-are raised to float32 first, which is exact, and an order of magnitude faster than the CPU's bfloat16 product. float32 is
-always true float32: the settings that would let a backend use TF32 or bfloat16 for it are suspended around each product.
+are raised to float32 first, which is exact, and several times faster than the CPU's bfloat16 product. float32 is always
+true float32: settings that would let a backend use TF32 or bfloat16 for it are suspended around each product.
 """
 
 import contextlib
@@ -23,15 +23,16 @@ GROUPED_MM_ALIGNMENT = 16
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
     """Products of float32 inside are float32: no TF32 on CUDA, no reduced precision on the CPU."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    # Only what is really reduced is touched: the setting is global, and most programs never change it.
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    reduced = [(each, each.fp32_precision) for each in settings if each.fp32_precision not in ("none", "ieee")]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        for each, _ in reduced:
+            each.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for each, precision in reduced:
+            each.fp32_precision = precision
 
 
 def _product(a: Tensor, b: Tensor, *, tensor_cores: bool) -> Tensor:
@@ -114,8 +115,8 @@ def _backward_by_expert(grad_RN: Tensor, x_RM: Tensor, w_eNM: Tensor, sizes: lis
 def _backward_grouped(grad_RN: Tensor, x_RM: Tensor, w_eNM: Tensor, ends_e: Tensor, needs: tuple[bool, ...]):
     grad_RN = grad_RN.to(x_RM.dtype).contiguous()
     grad_x = F.grouped_mm(grad_RN, w_eNM, offs=ends_e) if needs[0] else None
-    # The ragged dimension is the one that is summed over: both operands are read along rows, so that any group may start
-    # at any row without breaking the alignment.
+    # The ragged dimension is the one that is summed over: both operands are read along rows, so that any group may
+    # start at any row without breaking the alignment.
     grad_w = F.grouped_mm(grad_RN.T, x_RM, offs=ends_e) if needs[1] else None
     return grad_x, grad_w
 
@@ -178,8 +179,8 @@ def grouped_linear(
 ) -> Float32[Tensor, "R N"]:
     """Each run of rows times its own expert's weights: x[rows of g] @ w[g].T + bias[g].
 
-    bfloat16 on CUDA goes through `torch.nn.functional.grouped_mm`, which hands back bfloat16; everything else, and sizes
-    that `grouped_mm_fits` refuses, is multiplied expert by expert and comes back unrounded.
+    bfloat16 on CUDA goes through `torch.nn.functional.grouped_mm`, which hands back bfloat16; everything else, and
+    sizes that `grouped_mm_fits` refuses, is multiplied expert by expert and comes back unrounded.
 
     Args:
         x_RM: (R, M) rows sorted by expert.

@@ -52,10 +52,9 @@ def route(
         tensor([[1, 2]], dtype=torch.int32)
     """
     if (bias_E is not None) != router.score_correction_bias:
-        given = "None" if bias_E is None else "a tensor"
-        raise ValueError(
-            f"bias={given}: allowed with score_correction_bias={router.score_correction_bias} is the other"
-        )
+        found, allowed = ("None", "a tensor") if bias_E is None else ("a tensor", "None")
+        bias = router.score_correction_bias
+        raise ValueError(f"bias={found}: allowed with score_correction_bias={bias} is {allowed}")
     scores_tE = torch.softmax(logits_tE, dim=-1) if router.scoring == "softmax" else torch.sigmoid(logits_tE)
     # Choosing is not differentiable; the chosen weights are.
     selection_tE = scores_tE.detach()
@@ -71,7 +70,7 @@ def route(
 
 
 def _first_of_sort(values: Tensor, count: int) -> Tensor:
-    """Indices of the largest, best first, ties to the lower index. `torch.topk` leaves ties open, and CPU and CUDA differ."""
+    """Indices of the largest, best first, ties to the lower index, which `torch.topk` leaves open."""
     return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
 
 

@@ -21,11 +21,8 @@ def _take(x_tW: Tensor, index_R: Tensor) -> Tensor:
     """x[index], zeros where the index is -1."""
     if x_tW.shape[0] == 0:
         return x_tW.new_zeros(index_R.shape[0], *x_tW.shape[1:])
-    here_R = index_R >= 0
-    rows = x_tW.index_select(0, index_R.clamp(min=0))
-    return torch.where(
-        here_R.view(-1, *[1] * (x_tW.dim() - 1)), rows, torch.zeros((), dtype=x_tW.dtype, device=x_tW.device)
-    )
+    absent_R = (index_R < 0).view(-1, *[1] * (x_tW.dim() - 1))
+    return x_tW.index_select(0, index_R.clamp(min=0)).masked_fill_(absent_R, 0)
 
 
 def _sum_slots(rows_RW: Tensor, position_tK: Tensor, weight_tK: Tensor | None) -> Tensor:
@@ -103,7 +100,7 @@ def gather_rows(
     Args:
         x_tW: (t, W) tokens.
         row_token_R: (R,) int32, the token of each row, -1 for none.
-        position_tK: (t, K) int32, the inverse: the row of each token's slot, -1 where it has none. The gradient uses it.
+        position_tK: (t, K) int32, the inverse: the row of each token's slot, -1 for none. The gradient uses it.
 
     Returns:
         (R, W) in the dtype of x; zeros where there is no token.

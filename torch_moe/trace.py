@@ -1,7 +1,7 @@
 """What a forward pass decided, for comparison stage by stage.
 
-Shapes: `t` rows this rank routes, padding included (its chunk under sequence parallelism); `E` experts, `e` on this rank,
-`K` slots, `R` the bound on rows.
+Shapes: `t` rows this rank routes, padding included (its chunk under sequence parallelism), `n` of them real; `E`
+experts, `e` on this rank, `K` slots, `R` the bound on rows.
 """
 
 import dataclasses

@@ -79,7 +79,9 @@ def check(found, expected, parallel, tolerance):
         scale = np.sqrt((want**2).mean()) if want.size else 1.0
         error = np.abs(y - want)
         worst = np.unravel_index(error.argmax(), error.shape) if error.size else None
-        assert worst is None or error[worst] <= tolerance * scale, f"rank {rank}, token and column {worst}: {error[worst]}"
+        assert worst is None or error[worst] <= tolerance * scale, (
+            f"rank {rank}, token and column {worst}: {error[worst]}"
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,7 +1,7 @@
 """All tokens go to all ranks; each runs the experts it holds; results are reduce-scattered to the tokens' owners.
 
-Only real tokens travel, so sizes are whatever they are on each rank, zero included. Sums across ranks are in float32 and
-in rank order.
+Only real tokens travel, so sizes are whatever they are on each rank, zero included. Sums across ranks are in float32
+and in rank order.
 """
 
 from torch_moe import collectives

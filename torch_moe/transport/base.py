@@ -1,7 +1,7 @@
 """What every transport is given, and what its two functions look like.
 
-A transport is a module with `dispatch` and `combine`. `dispatch` returns this rank's rows, sorted by expert, and a frozen
-handle; `combine` needs the handle and the results, nothing else. All transports agree with each other.
+A transport is a module with `dispatch` and `combine`. `dispatch` returns this rank's rows, sorted by expert, and a
+frozen handle; `combine` needs the handle and the results, nothing else. All transports agree with each other.
 
 Shapes: `n` this rank's real tokens, `t` the tokens its plan sees, `W` width, `K` slots, `R` rows on this rank.
 """
