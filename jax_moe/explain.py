@@ -1,0 +1,120 @@
+"""What will run for a configuration, and why, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from jax_moe import kernels, layer, sharding
+from jax_moe.config import MoEConfig, ParallelConfig, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Printable; each attribute is a paragraph, in the order of the fields.
+
+    Attributes:
+      mode: the parallel mode in words.
+      sizes: what each rank holds.
+      transport: how rows reach their experts.
+      kernels: implementation of each operation.
+      reductions: where each branch is summed over ranks.
+    """
+
+    mode: str
+    sizes: str
+    transport: str
+    kernels: str
+    reductions: str
+
+    def __str__(self) -> str:
+        """One line for each field."""
+        width = max(len(field.name) for field in dataclasses.fields(self))
+        return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in dataclasses.fields(self))
+
+
+def explain(config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None = None) -> Explanation:
+    """Says which parallel mode, transport and kernels a layer will use, and where its sums are completed.
+
+    Args:
+      config, parallel: the layer and its spread.
+      mesh: where it will run; None: on the default platform.
+
+    Returns:
+      An `Explanation`; print it.
+
+    Raises:
+      ValueError: a layer that cannot be spread so, or a mesh of another size.
+
+    Example:
+      >>> import jax_moe as jm
+      >>> config = jm.MoEConfig(num_experts=8, top_k=2, hidden_size=16, intermediate_size=32)
+      >>> jm.explain(config, jm.ParallelConfig(dp=2, expert_parallel=True)).transport
+      'allgather over dp: every token to every rank, sums scattered back'
+    """
+    check(config, parallel)
+    if mesh is not None:
+        sharding.check_mesh(parallel, mesh)
+    return Explanation(
+        mode=_mode(parallel),
+        sizes=_sizes(config, parallel),
+        transport=_transport(parallel),
+        kernels=_kernels(mesh),
+        reductions=_reductions(config, parallel),
+    )
+
+
+def _mode(parallel: ParallelConfig) -> str:
+    dp, tp = parallel.dp, parallel.tp
+    if parallel.world == 1:
+        return "one rank"
+    if not parallel.expert_parallel:
+        names = {"DP": dp, "TP": tp}
+        used = " + ".join(f"{name} {size}" for name, size in names.items() if size > 1)
+        return f"{used}: every expert on every rank" + (", its width split over tp" if tp > 1 else "")
+    mode = f"EP {parallel.ep} (dp {dp} x tp {tp}): whole experts, E split over {'dp and tp' if tp > 1 else 'dp'}"
+    if parallel.native:
+        return f"{mode}; SP native: tokens come and go split over dp and tp"
+    if parallel.sp:
+        return f"{mode}; SP: each tp rank routes its chunk of the tokens, results are gathered over tp"
+    return f"{mode}; SP off: every tp rank routes the same tokens" if tp > 1 else mode
+
+
+def _sizes(config: MoEConfig, parallel: ParallelConfig) -> str:
+    parts = [
+        f"{config.num_experts // parallel.ep} of {config.num_experts} experts",
+        f"{config.intermediate_size // parallel.expert_tp} of width {config.intermediate_size}",
+        f"experts read {config.expert_width}" + (f" (latent of {config.hidden_size})" if config.latent_size else ""),
+    ]
+    if config.shared_width:
+        parts.append(f"shared expert {config.shared_width // parallel.shared_tp} of width {config.shared_width}")
+    return "each rank: " + ", ".join(parts) + f"; {config.dtype}"
+
+
+def _transport(parallel: ParallelConfig) -> str:
+    axes = layer.gathered_axes(parallel)
+    if not axes:
+        return f"{parallel.transport}: nothing moves, tokens are where their experts are"
+    return f"{parallel.transport} over {' and '.join(axes)}: every token to every rank, sums scattered back"
+
+
+def _kernels(mesh: Mesh | None) -> str:
+    implementation = None if mesh is None else kernels.for_platform(None, mesh.devices.flat[0].platform)
+    return ", ".join(f"{name}: {kernels.chosen(name, implementation)}" for name in kernels.OPERATIONS)
+
+
+def _reductions(config: MoEConfig, parallel: ParallelConfig) -> str:
+    gathered, partial = layer.gathered_axes(parallel), layer.routed_partial_over(parallel)
+    steps = []
+    if gathered:
+        steps.append(f"inside combine over {' and '.join(gathered)}")
+    if partial:
+        where = "before it leaves the latent" if config.latent_size else "by the layer"
+        steps.append(f"over {' and '.join(partial)} {where}")
+    text = "routed: " + (", then ".join(steps) or "complete as it is")
+    if config.shared_width:
+        together = parallel.shared_tp > 1 and partial and not config.latent_size
+        over = "over tp by the layer" + (", in one sum with the routed" if together else "")
+        text += "; shared: " + (over if parallel.shared_tp > 1 else "whole on each rank's tokens, complete as it is")
+    return text + "; sums across ranks in float32"

@@ -1,0 +1,10 @@
+"""Operations on rows sorted by expert, each with one or more implementations."""
+
+from jax_moe.kernels.choice import IMPLEMENTATIONS as IMPLEMENTATIONS
+from jax_moe.kernels.choice import for_platform as for_platform
+from jax_moe.kernels.ops import OPERATIONS as OPERATIONS
+from jax_moe.kernels.ops import chosen as chosen
+from jax_moe.kernels.ops import combine_rows as combine_rows
+from jax_moe.kernels.ops import gate_up as gate_up
+from jax_moe.kernels.ops import gather_rows as gather_rows
+from jax_moe.kernels.ops import grouped_matmul as grouped_matmul

@@ -1,0 +1,352 @@
+"""The layer: scatter, route, dispatch, experts, combine, shared expert, reduce, gather.
+
+The only place with `shard_map`, and with the reductions of the layer (a transport has those of its own pair).
+
+Shape suffixes: T rows of the whole batch, t rows on this shard, c rows this rank routes (t, or its sequence-parallel
+chunk), D hidden size, W expert width, E experts, K experts per token, R rows of this rank's experts.
+
+A branch (routed, shared) is partial over some mesh axes, says so, and is summed over them exactly once. Sums across ranks
+are carried in float32 and the layer's output is rounded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jax_moe import activation as activations
+from jax_moe import checks, experts, router, sharding, tokens, transport
+from jax_moe import trace as traces
+from jax_moe._compat import all_gather_replicated, settle
+from jax_moe._typing import Array, Float, Float32, Int
+from jax_moe.activation import Activation
+from jax_moe.config import MoEConfig, ParallelConfig
+from jax_moe.kernels import for_platform
+from jax_moe.linear import linear
+from jax_moe.params import MoEParams, SharedParams
+from jax_moe.trace import Trace
+
+_TRANSPORTS = {"local": transport.local, "allgather": transport.allgather}
+
+
+def moe(
+    params: MoEParams,
+    x_TD: Float[Array, "T D"],
+    *,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    router_logits: Float[Array, "T E"] | None = None,
+    topk_ids: Int[Array, "T K"] | None = None,
+    topk_weights: Float[Array, "T K"] | None = None,
+    counts: Int[Array, " shards"] | None = None,
+    implementation: str | None = None,
+    trace: bool = False,
+) -> Any:
+    """Mixture-of-experts layer over a mesh, with global arrays. Call it under `jax.jit`: eagerly it runs op by op.
+
+    Args:
+      params: from `shard` for the same config, parallel and mesh.
+      x_TD: (T, D) in config.dtype. T = dp * t, split over "dp" and equal over "tp"; or, with token_layout "dp_tp",
+        T = dp * tp * t, split over both.
+      config, parallel, mesh: static.
+      router_logits: (T, E), when config.router.source is "logits"; lies as x does, like the two below.
+      topk_ids: (T, K) integers, distinct within a token, when it is "ids". An id outside of [0, E) goes nowhere.
+      topk_weights: (T, K), likewise.
+      counts: real rows of each shard of x, (dp,) integers, or (dp * tp,) with "dp_tp"; the rows after them are padding,
+        may hold NaN, and come back as zeros. None: all are real. Checked against t when their values are at hand;
+        inside `jit` they are clipped to [0, t].
+      implementation: of the kernels; None picks.
+      trace: also return what was decided. Costs nothing when off.
+
+    Returns:
+      y (T, D) in config.dtype, laid out as x; with trace, (y, Trace).
+
+    Raises:
+      ValueError: an argument that does not fit, with its value and what was expected.
+      NotImplementedError: an implementation that does not exist.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_moe as jm
+      >>> config = jm.MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=16, dtype="float32")
+      >>> parallel = jm.ParallelConfig()
+      >>> mesh = jm.make_mesh(parallel)
+      >>> params = jm.shard(jm.init(jax.random.key(0), config), config, parallel, mesh)
+      >>> jm.moe(params, jnp.ones((3, 8)), config=config, parallel=parallel, mesh=mesh).shape
+      (3, 8)
+    """
+    sharding.check_mesh(parallel, mesh)
+    sharding.check_params(params, config, parallel)
+    shards = tokens.num_counts(parallel)
+    given = checks.routing(config, x_TD, router_logits, topk_ids, topk_weights, shards=shards)
+    checks.counts(counts, shards, x_TD.shape[0] // shards)
+    implementation = for_platform(implementation, mesh.devices.flat[0].platform)
+    checks.implementation(implementation)
+
+    rows = PartitionSpec(sharding.AXES) if parallel.native else PartitionSpec("dp")
+    in_specs = (
+        sharding.param_specs(config, parallel),
+        rows,
+        dict.fromkeys(given, rows),
+        PartitionSpec(),
+    )
+    out_specs = (rows, PartitionSpec(sharding.AXES)) if trace else rows
+
+    def local(params: MoEParams, x_tD: Array, given: dict[str, Array], counts: Array | None) -> Any:
+        return _forward(params, x_tD, given, counts, config, parallel, implementation, trace)
+
+    # Types of varying axes are left off: kernels need not state them, and gradients come out the same.
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return mapped(params, x_TD, given, counts if counts is None else jnp.asarray(counts))
+
+
+def moe_local(
+    params: MoEParams,
+    x_tD: Float[Array, "t D"],
+    *,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    router_logits: Float[Array, "t E"] | None = None,
+    topk_ids: Int[Array, "t K"] | None = None,
+    topk_weights: Float[Array, "t K"] | None = None,
+    counts: Int[Array, " shards"] | None = None,
+    implementation: str | None = None,
+    trace: bool = False,
+) -> Any:
+    """The same layer inside the caller's own `shard_map`, over axes "dp" and "tp" at least, with one rank's arrays.
+
+    Args:
+      params: this rank's part: specs `param_specs(config, parallel)` on what `shard` returned.
+      x_tD: (t, D), this rank's rows: equal over "tp", or with token_layout "dp_tp" different everywhere.
+      config, parallel: static.
+      router_logits, topk_ids, topk_weights: this rank's rows, as in `moe`.
+      counts: of all shards, the same on every rank, as in `moe`; clipped to [0, t].
+      implementation, trace: as in `moe`; the trace is this rank's.
+
+    Returns:
+      y (t, D), laid out as x; with trace, (y, Trace).
+
+    Raises:
+      ValueError: an argument that does not fit, or no axes "dp" and "tp" of the sizes in `parallel` around the call.
+      NotImplementedError: an implementation that does not exist.
+    """
+    checks.axes(parallel)
+    sharding.check_params(params, config, parallel, local=True)
+    given = checks.routing(config, x_tD, router_logits, topk_ids, topk_weights, shards=1)
+    checks.counts(counts, tokens.num_counts(parallel), x_tD.shape[0])
+    checks.implementation(implementation)
+    counts = counts if counts is None else jnp.asarray(counts)
+    return _forward(params, x_tD, given, counts, config, parallel, implementation, trace)
+
+
+def scatter_sequence(x_tD: Float[Array, "t D"], tp: int) -> Float[Array, "c D"]:
+    """This tp rank's chunk, rows [j * c, (j + 1) * c) with c = ceil(t / tp), of rows that are equal over tp.
+
+    Padded with zeros past the end: for t = 5 and tp = 4, c = 2, and rank 2 has row 4 and a zero, rank 3 two zeros.
+    """
+    chunk = -(-x_tD.shape[0] // tp)
+    padded = jnp.pad(x_tD, ((0, chunk * tp - x_tD.shape[0]), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index("tp") * chunk, chunk)
+
+
+def gather_sequence(y_cD: Float[Array, "c D"], rows: int) -> Float[Array, "t D"]:
+    """All chunks of the tp ranks, in order, trimmed to the t = `rows` that were scattered."""
+    return all_gather_replicated(y_cD, "tp")[:rows]
+
+
+def shared_expert(shared: SharedParams, x_cD: Float[Array, "c D"], activation: Activation) -> Float32[Array, "c D"]:
+    """The shared expert on every token: an FFN in the arithmetic of the experts, times a sigmoid gate if it has one.
+
+    Args:
+      shared: whole, or this tp rank's part; then the result is partial over tp, gate and all: the gate is linear.
+      x_cD: (c, D).
+      activation: see `Activation`.
+
+    Returns:
+      (c, D) float32, not rounded.
+    """
+    h_cS = activations.apply(linear(x_cD, shared.gate_up), activation).astype(x_cD.dtype)
+    y_cD = linear(h_cS, shared.down)
+    return y_cD if shared.gate is None else y_cD * jax.nn.sigmoid(linear(x_cD, shared.gate))
+
+
+def reduce_partial(y_cD: Float32[Array, "c D"], axes: tuple[str, ...]) -> Float32[Array, "c D"]:
+    """Completes a float32 sum over the mesh axes it is partial over; none: it is complete already."""
+    return jax.lax.psum(y_cD, axes) if axes else y_cD
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """A float32 summand of the output, and the mesh axes it has yet to be summed over."""
+
+    value_cD: Array
+    partial_over: tuple[str, ...]
+
+
+def _forward(
+    params: MoEParams,
+    x_tD: Array,
+    given: dict[str, Array],
+    counts: Array | None,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    implementation: str | None,
+    trace: bool,
+) -> Any:
+    """One rank's part of the layer; arguments are checked."""
+    rows = x_tD.shape[0]
+    if rows == 0:
+        # No rank has rows, since shards are of one size: nobody waits for a collective, and XLA has none of size zero.
+        return (x_tD, traces.empty(config, parallel)) if trace else x_tD
+    activation = activations.from_config(config)
+    cut = parallel.sp and not parallel.native
+    if cut:
+        x_tD = scatter_sequence(x_tD, parallel.tp)
+        given = {name: scatter_sequence(array, parallel.tp) for name, array in given.items()}
+    real_c = None
+    if tokens.has_padding(rows, counts, parallel):
+        counts_n = tokens.real_counts(rows, counts, parallel)
+        real_c = jnp.arange(x_tD.shape[0], dtype=jnp.int32) < counts_n[_routing_rank(parallel)]
+    x_cD = _zero_padding(x_tD, real_c)
+
+    logits_cE, ids_cK, weights_cK = _route(params, x_cD, given, real_c, config)
+    routed, handle = _routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation)
+    branches = [routed]
+    if params.shared is not None:
+        shared_cD = shared_expert(params.shared, x_cD, activation)
+        branches.append(_Branch(shared_cD, ("tp",) if parallel.shared_tp > 1 else ()))
+    y_cD = _zero_padding(_sum_branches(branches), real_c).astype(x_cD.dtype)
+    y_tD = settle(gather_sequence(y_cD, rows) if cut else y_cD, () if parallel.native else ("tp",))
+    if not trace:
+        return y_tD
+    return y_tD, _make_trace(rows, counts, config, parallel, logits_cE, ids_cK, weights_cK, handle)
+
+
+def _routing_rank(parallel: ParallelConfig) -> Array | int:
+    """Which of the ranks that route different tokens this is."""
+    dp_index = jax.lax.axis_index("dp")
+    return dp_index * parallel.tp + jax.lax.axis_index("tp") if parallel.sp else dp_index
+
+
+def _zero_padding(x: Array, real_c: Array | None) -> Array:
+    """Zeros in rows that are no tokens; by choice and not by product, since they may hold NaN."""
+    return x if real_c is None else jnp.where(real_c[:, None], x, jnp.zeros_like(x))
+
+
+def _route(
+    params: MoEParams, x_cD: Array, given: dict[str, Array], real_c: Array | None, config: MoEConfig
+) -> tuple[Array | None, Array, Array]:
+    """Logits (None when ids were given), ids and weights. Padding goes nowhere: id E, weight zero."""
+    logits_cE = None
+    if config.router.source == "ids":
+        ids_cK, weights_cK = given["topk_ids"].astype(jnp.int32), given["topk_weights"].astype(jnp.float32)
+        ids_cK = jnp.where((ids_cK >= 0) & (ids_cK < config.num_experts), ids_cK, config.num_experts)
+    else:
+        if config.router.source == "gate":
+            logits_cE = router.compute_logits(x_cD, params.router.gate)
+        else:
+            logits_cE = _zero_padding(given["router_logits"].astype(jnp.float32), real_c)
+        ids_cK, weights_cK = router.route(logits_cE, params.router.bias, router=config.router, top_k=config.top_k)
+    if real_c is not None:
+        ids_cK = jnp.where(real_c[:, None], ids_cK, config.num_experts)
+    return logits_cE, ids_cK, _zero_padding(weights_cK, real_c)
+
+
+def _routed_experts(
+    params: MoEParams,
+    x_cD: Array,
+    ids_cK: Array,
+    weights_cK: Array,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    activation: Activation,
+    implementation: str | None,
+) -> tuple[_Branch, transport.Handle]:
+    """Dispatch, experts, combine; around them the latent's projections, which every rank has whole."""
+    mover = _TRANSPORTS[str(parallel.transport)]
+    num_local_experts = config.num_experts // parallel.ep
+    first_expert: Array | int = 0
+    if parallel.expert_parallel:
+        rank = jax.lax.axis_index("dp") * parallel.tp + jax.lax.axis_index("tp")
+        first_expert = (rank * num_local_experts).astype(jnp.int32)
+    x_cW = x_cD if params.latent is None else linear(x_cD, params.latent.down).astype(x_cD.dtype)
+
+    rows_RW, handle = mover.dispatch(
+        x_cW,
+        ids_cK,
+        weights_cK,
+        axes=gathered_axes(parallel),
+        first_expert=first_expert,
+        num_local_experts=num_local_experts,
+        weight_on_input=config.router.weight_on_input,
+        implementation=implementation,
+    )
+    sizes_e = handle.plan.group_sizes_e
+    h_RF = experts.gate_up(rows_RW, params.experts, sizes_e, activation=activation, implementation=implementation)
+    adds_bias = jax.lax.axis_index("tp") == 0 if parallel.expert_tp > 1 else True
+    y_RW = experts.down(h_RF, params.experts, sizes_e, adds_bias=adds_bias, implementation=implementation)
+    branch = _Branch(mover.combine(y_RW, handle), routed_partial_over(parallel))
+
+    if params.latent is not None:
+        # Out of the latent only when the sum over ranks is complete: it is rounded there, and rounding is not linear.
+        latent_cL = reduce_partial(branch.value_cD, branch.partial_over).astype(x_cD.dtype)
+        branch = _Branch(linear(latent_cL, params.latent.up), ())
+    return branch, handle
+
+
+def token_axes(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Mesh axes of more than one rank over which tokens differ."""
+    sizes = {"dp": parallel.dp, "tp": parallel.tp if parallel.sp else 1}
+    return tuple(axis for axis, size in sizes.items() if size > 1)
+
+
+def gathered_axes(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Mesh axes of more than one rank over which tokens differ while experts are split: the transport's to cross."""
+    return token_axes(parallel) if parallel.expert_parallel else ()
+
+
+def routed_partial_over(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Mesh axes the combined routed output is partial over: F, or the experts, split over tp for equal tokens."""
+    return ("tp",) if parallel.tp > 1 and not parallel.sp else ()
+
+
+def _sum_branches(branches: list[_Branch]) -> Array:
+    """Adds all branches, those that are partial over the same axes before their one reduction."""
+    partial: dict[tuple[str, ...], Array] = {}
+    for branch in branches:
+        axes, value = branch.partial_over, branch.value_cD
+        partial[axes] = partial[axes] + value if axes in partial else value
+    complete = [reduce_partial(value_cD, axes) for axes, value_cD in partial.items()]
+    return sum(complete[1:], start=complete[0])
+
+
+def _make_trace(
+    rows: int,
+    counts: Array | None,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    logits_cE: Array | None,
+    ids_cK: Array,
+    weights_cK: Array,
+    handle: transport.Handle,
+) -> Trace:
+    """This rank's `Trace`; the only collective is the sum of the load."""
+    dense_nc = tokens.dense_index(tokens.real_counts(rows, counts, parallel), ids_cK.shape[0])
+    mine_c = dense_nc[_routing_rank(parallel)]
+    planned = dense_nc.reshape(-1) if parallel.expert_parallel else mine_c
+    plan = handle.plan
+    chosen_E = jnp.zeros((config.num_experts,), jnp.int32).at[ids_cK.reshape(-1)].add(1, mode="drop")
+    return Trace(
+        token_index=mine_c,
+        router_logits=logits_cE,
+        topk_ids=ids_cK,
+        topk_weights=weights_cK,
+        group_sizes=plan.group_sizes_e,
+        row_token=jnp.where(plan.row_token_R < 0, -1, planned[plan.row_token_R]),
+        row_slot=plan.row_slot_R,
+        expert_load=reduce_partial(chosen_E, token_axes(parallel)),
+    )

@@ -1,0 +1,6 @@
+"""Ways to bring rows to the ranks that hold their experts, and results back."""
+
+from jax_moe.transport import allgather as allgather
+from jax_moe.transport import local as local
+from jax_moe.transport.base import Handle as Handle
+from jax_moe.transport.base import Transport as Transport
