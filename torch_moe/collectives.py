@@ -10,6 +10,9 @@ and count it once; so the gradient of a sum over ranks is the identity, and the 
 group uses for its own part of the work is the sum of the parts.
 """
 
+# The decorator that forbids a second derivative hides the signature of `backward`.
+# pyright: reportIncompatibleMethodOverride=false
+
 from collections.abc import Sequence
 
 import torch
@@ -34,30 +37,38 @@ def share_integers(values: Sequence[int], group: ProcessGroup | None, device: to
     return everyone.view(-1, len(values)).tolist()
 
 
-def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, rows - x.shape[0]])
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """x with zero rows appended up to `rows` of them; x itself where it has that many."""
+    missing = rows - x.shape[0]
+    return x if missing == 0 else F.pad(x, [0, 0] * (x.dim() - 1) + [0, missing])
 
 
-def _all_gather(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    if group is None:
-        return x
+def _check_sizes(x: Tensor, rows: int, sizes: Sequence[int], group: ProcessGroup) -> None:
+    ranks = dist.get_world_size(group)
+    assert len(sizes) == ranks, f"sizes {tuple(sizes)} for {ranks} ranks"
+    assert x.shape[0] == rows, (
+        f"{x.shape[0]} rows on rank {dist.get_rank(group)}, expected {rows} of sizes {tuple(sizes)}"
+    )
+
+
+def _all_gather(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    _check_sizes(x, sizes[dist.get_rank(group)], sizes, group)
     most = max(sizes)
     if most == 0:
-        return x
+        return torch.empty_like(x)
     gathered = x.new_empty(len(sizes) * most, *x.shape[1:])
-    _all_gather_single(gathered, _pad_rows(x, most).contiguous(), group=group)
+    _all_gather_single(gathered, pad_rows(x, most).contiguous(), group=group)
     if min(sizes) == most:
         return gathered
     return torch.cat([part[:size] for part, size in zip(gathered.split(most), sizes, strict=True)])
 
 
-def _reduce_scatter(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
+def _reduce_scatter(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     # gloo has no reduce-scatter of uneven sizes. Sending each rank its rows and adding them up in rank order moves the
     # same bytes, pads nothing, and fixes the order of the sum.
-    if group is None:
-        return x
+    _check_sizes(x, sum(sizes), sizes, group)
     if max(sizes) == 0:
-        return x
+        return torch.empty_like(x)
     own = sizes[dist.get_rank(group)]
     received = x.new_empty(len(sizes) * own, *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), [own] * len(sizes), list(sizes), group=group)
@@ -139,7 +150,8 @@ class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, chunk, ranks, rank, group):
         ctx.rows, ctx.chunk, ctx.ranks, ctx.group = x.shape[0], chunk, ranks, group
-        return _pad_rows(x[rank * chunk : (rank + 1) * chunk], chunk)
+        # A copy, also where nothing is padded: what a Function returns must not be a view of its input.
+        return pad_rows(x[rank * chunk : (rank + 1) * chunk].clone(), chunk)
 
     @staticmethod
     @once_differentiable
@@ -157,7 +169,7 @@ class _GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         own = grad[ctx.rank * ctx.chunk : (ctx.rank + 1) * ctx.chunk]
-        return _pad_rows(own, ctx.chunk), None, None, None, None
+        return pad_rows(own, ctx.chunk), None, None, None, None
 
 
 def all_gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
@@ -168,12 +180,12 @@ def all_gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None)
         sizes: rows of every rank.
         group: the ranks, or None for one.
     """
-    return _AllGather.apply(x, tuple(sizes), group)
+    return x if group is None else _AllGather.apply(x, tuple(sizes), group)
 
 
 def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """Adds up every rank's (T, ...) in rank order and keeps this rank's rows (n, ...). Gradient: all-gather."""
-    return _ReduceScatter.apply(x, tuple(sizes), group)
+    return x if group is None else _ReduceScatter.apply(x, tuple(sizes), group)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -191,11 +203,11 @@ def on_first(x: Tensor, first: bool) -> Tensor:
     return _OnFirst.apply(x, first)
 
 
-def scatter_rows(x: Tensor, chunk: int, ranks: int, rank: int, group: ProcessGroup | None) -> Tensor:
+def scatter_rows(x: Tensor, chunk: int, ranks: int, rank: int, group: ProcessGroup) -> Tensor:
     """Rows [rank * chunk, (rank + 1) * chunk) of x, which all ranks hold, padded with zeros. Gradient: all-gather."""
     return _ScatterRows.apply(x, chunk, ranks, rank, group)
 
 
-def gather_rows(x: Tensor, rows: int, ranks: int, rank: int, group: ProcessGroup | None) -> Tensor:
+def gather_rows(x: Tensor, rows: int, ranks: int, rank: int, group: ProcessGroup) -> Tensor:
     """Equal chunks of all ranks, in rank order, trimmed to `rows`. Gradient: this rank's rows."""
     return _GatherRows.apply(x, rows, ranks, rank, group)

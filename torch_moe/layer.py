@@ -18,10 +18,9 @@ over the same axes are added first, and every sum is reduced once:
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,14 +43,14 @@ class Branch:
 
 
 def scatter_sequence(
-    x_tD: Float[Tensor, "t D"], *, tp: int, tp_index: int, group: ProcessGroup | None
-) -> Float[Tensor, "c D"]:
+    x_tD: Float[Tensor, "t D"] | Int[Tensor, "t K"], *, tp: int, tp_index: int, group: ProcessGroup
+) -> Float[Tensor, "c D"] | Int[Tensor, "c K"]:
     """This tp rank's chunk of rows that all tp ranks hold: ceil(t / tp) rows, zeros past the end."""
     return collectives.scatter_rows(x_tD, layout.chunk_rows(x_tD.shape[0], tp), tp, tp_index, group)
 
 
 def gather_sequence(
-    y_cD: Float[Tensor, "c D"], *, rows: int, tp: int, tp_index: int, group: ProcessGroup | None
+    y_cD: Float[Tensor, "c D"], *, rows: int, tp: int, tp_index: int, group: ProcessGroup
 ) -> Float[Tensor, "t D"]:
     """The chunks of all tp ranks, in order, trimmed to the rows that came in."""
     return collectives.gather_rows(y_cD, rows, tp, tp_index, group)
@@ -136,9 +135,8 @@ class MoE(nn.Module):
         self.parallel = parallel
         self.ranks = find_ranks(parallel, device_mesh)
         if device is None and device_mesh is not None and device_mesh.device_type != "cpu":
-            device = torch.device(
-                device_mesh.device_type, torch.get_device_module(device_mesh.device_type).current_device()
-            )
+            kind = device_mesh.device_type
+            device = torch.device(kind, torch.get_device_module(kind).current_device())
         self.activation = Activation(
             name=config.activation,
             gated=config.gated,
@@ -216,25 +214,18 @@ class MoE(nn.Module):
         tokens = self._locate(rows, real, counts, x_tD.device, everyone=trace)
 
         x_nD = self._own(x_tD, tokens)
-        logits_nE, ids_nK, weights_nK = self._route(
-            x_nD,
-            *(None if given is None else self._own(given, tokens) for given in (router_logits, topk_ids, topk_weights)),
-        )
+        given = (router_logits, topk_ids, topk_weights)
+        own = (None if value is None else self._own(value, tokens) for value in given)
+        logits_nE, ids_nK, weights_nK = self._route(x_nD, *own)
         routed, handle = self._routed_branch(x_nD, ids_nK, weights_nK, tokens)
         branches = [routed]
         if self.shared is not None:
             branches.append(self._shared_branch(x_nD, self.shared))
         y_nD = self._complete(branches).to(x_tD.dtype)
 
-        y_tD = F.pad(y_nD, (0, 0, 0, tokens.own_rows - tokens.own_real))
+        y_tD = collectives.pad_rows(y_nD, tokens.own_rows)
         if self._scatters:
-            y_tD = gather_sequence(
-                y_tD,
-                rows=tokens.array_rows,
-                tp=self.parallel.tp,
-                tp_index=self.ranks.tp_index,
-                group=self.ranks.tp,
-            )
+            y_tD = gather_sequence(y_tD, rows=tokens.array_rows, **self._sequence)
         if not trace:
             return y_tD
         return y_tD, self._trace(tokens, logits_nE, ids_nK, weights_nK, handle)
@@ -245,16 +236,21 @@ class MoE(nn.Module):
         return self.parallel.sp and self.parallel.token_layout == "dp"
 
     @property
+    def _sequence(self) -> dict[str, Any]:
+        """Between whom a sequence is split."""
+        return {"tp": self.parallel.tp, "tp_index": self.ranks.tp_index, "group": self.ranks.tp}
+
+    @property
     def _partial_over(self) -> tuple[str, ...]:
         """Axes over which ranks hold the same tokens and parts of the work."""
         return ("tp",) if self.parallel.tp > 1 and not self.parallel.sp else ()
 
     def _enter(self, value: Tensor) -> Tensor:
-        """A value that is whole on every tp rank, where tp ranks go on to do different parts of the work with it."""
+        """Marks a value that is whole on every tp rank, where tp ranks go on to do different parts with it."""
         return collectives.replicated(value, self.ranks.tp) if self._partial_over else value
 
     def _whole(self, parameter: Tensor) -> Tensor:
-        """A parameter that is whole on every tp rank, where tp ranks apply it to different tokens."""
+        """Marks a parameter that is whole on every tp rank, where tp ranks apply it to different tokens."""
         return collectives.replicated(parameter, self.ranks.tp) if self.parallel.sp else parameter
 
     def _locate(
@@ -287,7 +283,7 @@ class MoE(nn.Module):
     def _own(self, value: Tensor, tokens: TokenLayout) -> Tensor:
         """The real rows that this rank routes. Cutting padding off here keeps whatever it holds out of every sum."""
         if self._scatters:
-            value = scatter_sequence(value, tp=self.parallel.tp, tp_index=self.ranks.tp_index, group=self.ranks.tp)
+            value = scatter_sequence(value, **self._sequence)
         return value[: tokens.own_real]
 
     def _route(
@@ -319,9 +315,8 @@ class MoE(nn.Module):
             exchange=Exchange(group=group, sizes=tokens.sizes),
             weight_on_input=self.config.router.weight_on_input,
         )
-        routed = Branch(
-            value=mover.combine(self._run_experts(rows_RW, handle), handle), partial_over=self._partial_over
-        )
+        y_nW = mover.combine(self._run_experts(rows_RW, handle), handle)
+        routed = Branch(value=y_nW, partial_over=self._partial_over)
         if self.latent is None:
             return routed, handle
         whole_nL = reduce_partial(routed.value, partial_over=routed.partial_over, ranks=self.ranks).to(x_nD.dtype)

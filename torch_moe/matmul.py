@@ -7,6 +7,9 @@ are raised to float32 first, which is exact, and several times faster than the C
 true float32: settings that would let a backend use TF32 or bfloat16 for it are suspended around each product.
 """
 
+# The decorator that forbids a second derivative hides the signature of `backward`.
+# pyright: reportIncompatibleMethodOverride=false
+
 import contextlib
 from collections.abc import Iterator
 

@@ -11,6 +11,9 @@ Worked example, t=3, K=2, this rank's rows:
                                token 2     -1       1
 """
 
+# The decorator that forbids a second derivative hides the signature of `backward`.
+# pyright: reportIncompatibleMethodOverride=false
+
 import torch
 from torch.autograd.function import once_differentiable
 

@@ -1,8 +1,8 @@
 """A pool of rank processes that run named functions together, one process group for all of them.
 
 Starting four torch processes takes seconds, so one pool serves a whole test session. A function runs as
-`function(rank, *args)` on every rank; the results come back in rank order. If a rank fails, its traceback is the test's,
-and the pool is replaced, since the other ranks may be waiting for the one that is gone.
+`function(rank, *args)` on every rank; the results come back in rank order. If a rank fails, its traceback is the
+test's, and the pool is replaced, since the other ranks may be waiting for the one that is gone.
 """
 
 import contextlib
