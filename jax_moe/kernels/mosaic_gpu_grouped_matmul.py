@@ -1,0 +1,349 @@
+"""Grouped matmul for Hopper: persistent, warp-specialized wgmma, with an optional gated activation in its epilogue.
+
+Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
+
+One CTA an SM walks a work list of output tiles (schedule.py). Its last warpgroup loads operands through TMA into a ring of
+shared-memory stages and runs ahead across tiles; the two others multiply. A gated tile multiplies a tile of gate rows and
+the tile of the matching up rows of the weights into one accumulator, side by side, and stores only their activated
+product. Gate and up rows are addressed through a view of the weights with one more axis, so both checkpoint layouts
+(concatenated, interleaved) cost the same.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import mosaic_gpu_epilogue as epilogue
+from .schedule import FIELDS, make_schedule
+
+DEPTH = 64  # columns of bfloat16 in the 128 bytes of one swizzle atom
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Shape of a CTA's tile and of its pipeline.
+
+    Attributes:
+      split: how the two multiplying warpgroups share a tile: "rows", 128 x 256 as two of 64 x 256, or "columns", 64 x 256 as
+        two of 64 x 128. A gated tile's 256 columns are 128 gate and 128 up columns.
+      stages: stages of the ring of operands.
+      band: tiles of rows that are walked together before the next column of weights.
+    """
+
+    split: str = "rows"
+    stages: int = 4
+    band: int = 16
+
+    @property
+    def rows(self) -> int:
+        return 128 if self.split == "rows" else 64
+
+
+def operand_memory(shape, dtype, *, interpret: bool):
+    """Shared memory for (..., rows, DEPTH) operands, seen two ways: by TMA as rows, by wgmma as tiles of eight rows.
+
+    Both views are the same bytes in the same swizzle. A copy into the tiled view would need every dimension of the array in
+    global memory to be a multiple of its tile; a box of plain rows is cut off at the array's edges and padded with zeros.
+    """
+    swizzle = plgpu.SwizzleTransform(128)
+    tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, DEPTH)), swizzle))
+    # The interpreter keeps each view of a union apart, and has no need of two.
+    return tiled if interpret else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled)
+
+
+def views(ref, *, interpret: bool):
+    """The view of `operand_memory` for TMA and the one for wgmma."""
+    return (ref, ref) if interpret else tuple(ref)
+
+
+def transposed(ref):
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def sm_count() -> int:
+    """Multiprocessors of the default GPU; 132 (an H100 or H200) where there is none, as when lowering ahead of time."""
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return 132
+    return getattr(device, "core_count", None) or 132
+
+
+def _cdiv(a, b):
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One tile: its expert, first row, rows that are its own (or a whole tile of them), and column tile."""
+
+    expert: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    column: jax.Array
+    zeros: jax.Array
+
+
+def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int) -> Work:
+    at = lax.div(linear, jnp.int32(column_tiles)) * FIELDS
+    expert, first, tiles = schedule_ref[at], schedule_ref[at + 1], schedule_ref[at + 2]
+    start, size = schedule_ref[at + 3], schedule_ref[at + 4]
+    local = linear - first * column_tiles
+    band_index = lax.div(local, jnp.int32(band * column_tiles))
+    height = jnp.minimum(tiles - band_index * band, band)
+    local = local - band_index * (band * column_tiles)
+    column = lax.div(local, height)
+    row_tile = band_index * band + lax.rem(local, height)
+    zeros = expert == experts
+    row = row_tile * tile
+    rows = jnp.minimum(jnp.where(zeros, size - row, size), tile)
+    row = jnp.where(zeros, row, jnp.maximum(jnp.minimum(row, size - tile), 0)) + start
+    return Work(jnp.minimum(expert, experts - 1), row, rows, column, zeros)
+
+
+def weight_tile(w_ref, expert, part, column, columns, k, layout):
+    """The (columns, DEPTH) tile of an expert's weights; `part` picks gate (0) or up (1) rows of a gated view."""
+    rows, depth = pl.ds(column, columns), pl.ds(k * DEPTH, DEPTH)
+    if layout is None:
+        return w_ref.at[expert, rows, depth]
+    return w_ref.at[expert, part, rows, depth] if layout == "concatenated" else w_ref.at[expert, rows, part, depth]
+
+
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
+    schedule_ref, x_ref, w_ref, *rest = refs
+    bias_ref = rest.pop(0) if has_bias else None
+    out_ref, x_smem, w_smem, out_smem, full, empty = rest
+    x_load, x_smem = views(x_smem, interpret=interpret)
+    w_load, w_smem = views(w_smem, interpret=interpret)
+    out_store, out_smem = views(out_smem, interpret=interpret)
+
+    gated = activation is not None and activation.gated
+    layout = activation.layout if gated else None
+    by_rows = tile.split == "rows"
+    wg_columns = 256 if by_rows else 128  # accumulator columns of one warpgroup
+    wg_out = wg_columns // 2 if gated else wg_columns
+    out_columns = wg_out if by_rows else 2 * wg_out
+    depth, columns = x_ref.shape[1], out_ref.shape[1]
+    k_tiles = -(-depth // DEPTH)
+    column_tiles = -(-columns // out_columns)
+    stages = tile.stages
+
+    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    items = schedule_ref[5] * column_tiles
+    trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
+    find = functools.partial(
+        find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band
+    )
+
+    @pl.when(wg == 2)
+    def _load():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def item(i, step):
+            work = find(sm + i * sms)
+
+            def load(k, step):
+                slot = lax.rem(step, jnp.int32(stages))
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)], x_load.at[slot], full.at[slot]
+                )
+                column = work.column * out_columns
+                # Each piece is as wide as a warpgroup's share, so that its gate and up columns lie side by side.
+                pieces = [(g, p) for g in range(1 if by_rows else 2) for p in range(2 if gated else 1)]
+                for i, (g, part) in enumerate(pieces):
+                    plgpu.copy_gmem_to_smem(
+                        weight_tile(w_ref, work.expert, part, column + g * wg_out, wg_out, k, layout),
+                        w_load.at[slot, pl.ds(i * wg_out, wg_out)],
+                        full.at[slot],
+                    )
+                return step + 1
+
+            return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
+
+        step = lax.fori_loop(0, trips, item, jnp.int32(0))
+
+        def drain(s, carry):  # leave no barrier with a phase that nobody has seen
+            plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
+            return carry
+
+        lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+
+    @pl.when(wg < 2)
+    def _multiply():
+        plgpu.set_max_registers(232, action="increase")
+        a_rows = pl.ds(wg * 64, 64) if by_rows else pl.ds(0, 64)
+        b_rows = pl.ds(0, 256) if by_rows else pl.ds(wg * 128, 128)
+
+        def store_tile(value, work, row, column):
+            """Through shared memory, 64 columns at a time, for 64 whole rows."""
+            for c in range(wg_out // 64):
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                block = value if isinstance(value, float) else value[:, c * 64 : (c + 1) * 64]
+                if isinstance(value, float):
+                    block = plgpu.layout_cast(jnp.full((64, 64), value, out_ref.dtype), plgpu.Layout.WGMMA)
+                out_smem[wg, c % 2] = block
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_store.at[wg, c % 2], out_ref.at[pl.ds(row, 64), pl.ds(column + c * 64, 64)])
+
+        def item(i, step):
+            work = find(sm + i * sms)
+            row = work.row + (wg * 64 if by_rows else 0)
+            column = work.column * out_columns + (0 if by_rows else wg * wg_out)
+
+            @pl.when(work.zeros)
+            def _zeros():
+                store_tile(0.0, work, row, column)
+
+            @pl.when(jnp.logical_not(work.zeros))
+            def _matmul():
+                def multiply(acc):
+                    def mma(k, carry):
+                        slot = lax.rem(step + k, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, x_smem.at[slot, a_rows], transposed(w_smem.at[slot, b_rows]))
+                        return carry
+
+                    def steady(k, carry):
+                        mma(k, carry)
+                        plgpu.wgmma_wait(1)  # the multiplication before this one has read its stage
+                        plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
+                        return carry
+
+                    mma(0, None)
+                    lax.fori_loop(1, k_tiles, steady, None)
+                    return acc[...]
+
+                value = pl.run_scoped(multiply, plgpu.ACC((64, wg_columns), jnp.float32))
+                plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
+                if gated:
+                    parts = [value[:, :wg_out], value[:, wg_out:]]
+                else:
+                    parts = [value]
+                if has_bias:
+                    for p in range(len(parts)):
+                        bias = plgpu.load(
+                            bias_ref.at[work.expert, p, pl.ds(column, wg_out)],
+                            layout=plgpu.Layout.WGMMA.reduce(0),
+                            optimized=False,
+                        )
+                        parts[p] += lax.broadcast_in_dim(bias.astype(jnp.float32), (64, wg_out), (1,))
+                if activation is not None:
+                    value = epilogue.activate(activation, parts[0], parts[1] if gated else None)
+                else:
+                    value = parts[0]
+                value = value.astype(out_ref.dtype)
+                whole = work.rows == tile.rows
+
+                @pl.when(whole)
+                def _():
+                    store_tile(value, work, row, column)
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    rows = jnp.minimum(work.rows - (row - work.row), 64)
+                    if interpret:
+                        store_tile_by_row(value, row, rows, column)
+                    else:
+                        epilogue.store_rows(value, out_ref, row, rows, column)
+
+            return step + jnp.where(work.zeros, 0, k_tiles)
+
+        def store_tile_by_row(value, row, rows, column):
+            for c in range(wg_out // 64):
+                out_smem[wg, c % 2] = value[:, c * 64 : (c + 1) * 64]
+
+                for width in {64, columns % 64} - {0}:  # the interpreter has no masked store
+                    edge = column + c * 64 + 64 > columns
+
+                    @pl.when(jnp.logical_not(edge) if width == 64 else edge & (column + c * 64 < columns))
+                    def _(width=width, c=c):
+                        def store(r, carry):
+                            out_ref[row + r, pl.ds(column + c * 64, width)] = out_smem[wg, c % 2, r, pl.ds(0, width)]
+                            return carry
+
+                        lax.fori_loop(0, rows, store, None)
+
+        lax.fori_loop(0, trips, item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w: jax.Array,
+    schedule: jax.Array,
+    *,
+    activation=None,
+    bias: jax.Array | None = None,
+    tile: Tile = Tile(),
+    interpret=None,
+) -> jax.Array:
+    """x @ w[expert].T for rows sorted by expert, with bias and activation where given.
+
+    Args:
+      x_RD: (R, D) bfloat16, R at least `tile.rows`.
+      w: (e, N, D) bfloat16; gated: (e, 2F, D), gate and up rows in `activation.layout`.
+      schedule: make_schedule(sizes, rows=R, tile=tile.rows).
+      activation: None, or a value with the fields name, gated, layout, alpha, limit.
+      bias: (e, rows of w) or None, added in float32 before the activation.
+      tile: shape of the tiles.
+      interpret: InterpretGPUParams to run on CPU.
+
+    Returns:
+      (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
+    """
+    rows, depth = x_RD.shape
+    experts, w_rows, _ = w.shape
+    gated = activation is not None and activation.gated
+    columns = w_rows // 2 if gated else w_rows
+    if gated:
+        order = (2, columns) if activation.layout == "concatenated" else (columns, 2)
+        w = w.reshape(experts, *order, depth)
+    operands = [schedule, x_RD, w]
+    if bias is not None:
+        # Columns past the edge are never stored, but their bias is read.
+        bias = bias.reshape(experts, *(order if gated else (1, columns)))
+        if gated and activation.layout != "concatenated":
+            bias = bias.transpose(0, 2, 1)
+        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
+    sms = sm_count() if interpret is None else 2
+    body = functools.partial(
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
+        interpret=interpret is not None,
+    )  # fmt: skip
+    body.__name__ = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
+    pieces = (1 if tile.split == "rows" else 2) * (2 if gated else 1)
+    memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
+        scratch_types=[
+            memory((tile.stages, tile.rows, DEPTH)),
+            memory((tile.stages, 256, DEPTH)),
+            memory((2, 2, 64, DEPTH)),
+            plgpu.Barrier(num_arrivals=1 + pieces, num_barriers=tile.stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        ],
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=interpret is None,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*operands)
+
+
+__all__ = ["Tile", "grouped_matmul", "make_schedule", "sm_count"]
