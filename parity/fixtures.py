@@ -149,6 +149,7 @@ def _tokens(
         along = rng.standard_normal(case.hidden, np.float32)
         along /= np.linalg.norm(along)
         x += (math.sqrt(case.hidden) - x @ along)[:, None] * along
+        gate -= (gate @ along)[:, None] * along  # the common direction favours those K alone
         gate[: case.top_k] += 8 * case.hidden**-0.5 * along
     x, gate = rounded(x), rounded(gate)
     if case.flags.gate:
