@@ -53,6 +53,7 @@ def _smoke() -> list[Case]:
         "dp2.tp2.ep/allgather/bf16/t1.d64.f48/e8.k2/shared",
         "dp2.tp2.ep/allgather/bf16/t0-2.d64.f48/e8.k2/shared",
         "dp2.tp2.ep/allgather/bf16/t3-1.d64.f48/e8.k2/shared",
+        "dp2.tp2.ep/allgather/bf16/t7-3.d64.f48/e8.k2/shared",
         "dp2.tp2.ep.native/allgather/bf16/t0-3.d64.f48/e8.k2/shared",
         "dp2.tp2.ep.nosp/allgather/bf16/t0-5.d64.f48/e8.k2/shared",
         "dp2.tp1/local/bf16/t0-9.d64.f48/e8.k2",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 EP_SP = "dp2.tp2.ep/allgather/bf16/t13.d64.f48/e8.k2/shared+gate+renorm"
 TP = "dp1.tp2/local/bf16/t13.d64.f48/e8.k2/shared+gate"
 UNEVEN = "dp2.tp1.ep/allgather/bf16/t7-3.d64.f48/e8.k2/shared"
-BIASED = "dp1.tp2/local/bf16/t13.d64.f48/e16.k3/gate+groups4-2+bias"
+BIASED = "dp1.tp2/local/bf16/t32.d64.f48/e32.k4/gate+groups8-2+bias"
 DEEP = "dp1.tp1/local/bf16/t13.d64.f512/e4.k2"
 
 

@@ -1,0 +1,88 @@
+"""A backend that needs no framework, installed as others would install theirs: right by construction, or in trouble.
+
+The case's seed says which trouble rank 1 is in; other seeds are right.
+"""
+
+import errno
+import os
+import signal
+import time
+
+import pytest
+
+from parity.backends.base import Backend
+from parity.oracle import reference
+from tests.parity.simulated import simulate
+
+RAISES, HANGS, KILLED, STOPPED, NO_SPACE, EXITS, PEER_COMPLAINS, WRONG, WAITS = range(901, 910)
+
+
+class FakeBackend(Backend):
+    """Answers as the oracle does, rounded to the case's dtype."""
+
+    name = "fake"
+    collective_frames = ("plugin_collective",)
+
+    def setup(self, member):
+        self.member = member
+        if os.environ.get("FAKE_SETUP") == "raise":
+            raise RuntimeError("no such device")
+        if os.environ.get("FAKE_SETUP") == "die" and member.index == member.processes - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if member.index == 0:
+            member.publish("here")
+        else:
+            assert member.receive() == "here"
+        return {"fake": "1.0", "pid": str(os.getpid())}
+
+    def run(self, case, arrays):
+        trouble(case.flags.seed, self.member.index)
+        results = simulate(case, reference(case, arrays))
+        if case.flags.seed == WRONG:
+            results[0].y[0] *= 1.1
+        return {self.member.index: results[self.member.index]}
+
+
+def trouble(seed, rank):
+    if seed == PEER_COMPLAINS and rank == 0:
+        time.sleep(0.3)
+        raise RuntimeError("connection closed by peer")
+    if seed == WAITS and rank != 1:
+        exec(compile("import time\ntime.sleep(600)", "plugin_collective.py", "exec"))
+    if rank != 1:
+        return
+    if seed == RAISES:
+        print("about to raise", flush=True)
+        raise ValueError("bad shard\nsecond line")
+    if seed in (HANGS, WAITS):
+        time.sleep(600)
+    if seed == KILLED:
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == PEER_COMPLAINS:
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == STOPPED:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if seed == NO_SPACE:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if seed == EXITS:
+        os._exit(5)
+
+
+def case_id(seed, dp=2):
+    return f"dp{dp}.tp1/local/f32/t5.d16.f16/e4.k2/seed{seed}"
+
+
+@pytest.fixture
+def plugin(tmp_path_factory, monkeypatch):
+    """Installs the backend: a distribution on the path, of this process and of those it starts."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "fake_backend-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-backend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[parity.backends]\nfake = tests.parity.plugin:FakeBackend\n")
+    monkeypatch.syspath_prepend(str(site))
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", str(site) + (os.pathsep + before if before else ""))
+    return site
