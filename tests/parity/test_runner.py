@@ -1,0 +1,235 @@
+"""Running cases, what a run leaves behind, going on after an interruption."""
+
+import errno
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity import backends, fixtures, oracle, records, runner, verdict
+from parity.backends.base import Options
+from parity.case import Case
+from parity.launch import InfrastructureError
+from parity.records import Folder, Outcome, OutError
+from parity.runner import Harness, session
+from tests.parity import plugin as trouble
+from tests.parity.plugin import case_id
+from tests.parity.plugin import plugin as plugin
+
+FINE = [Case.parse(case_id(seed)) for seed in (1, 2, 3)]
+
+
+@dataclass
+class Live:
+    """A session that only answers."""
+
+    answers: dict = field(default_factory=dict)
+    asked: list = field(default_factory=list)
+
+    def outcome(self, case):
+        self.asked.append(str(case))
+        answer = self.answers.get(str(case), "pass")
+        if isinstance(answer, BaseException):
+            raise answer
+        return Outcome(case=str(case), verdict=answer, reason="" if answer == "pass" else "because", seconds=0.5)
+
+
+def _folder(path, cases=FINE, resume=False):
+    return Folder(path, resume, {str(case) for case in cases})
+
+
+def _lines(path):
+    return [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+
+
+def test_each_case_is_a_line_as_soon_as_it_is_judged(tmp_path):
+    seen = []
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, Live(), folder, watch=lambda outcome, left, s: seen.append((left, len(_lines(tmp_path)))))
+    assert seen == [(2, 1), (1, 2), (0, 3)]
+    assert set(_lines(tmp_path)[0]) == {"case", "verdict", "reason", "metrics", "seconds"}
+
+
+def test_an_interruption_keeps_what_is_done_and_resume_goes_on(tmp_path):
+    first, second, third = map(str, FINE)
+    with _folder(tmp_path) as folder, pytest.raises(KeyboardInterrupt):
+        runner.run(FINE, Live({second: KeyboardInterrupt()}), folder)
+    live = Live()
+    with _folder(tmp_path, resume=True) as folder:
+        runner.run(FINE, live, folder)
+        assert set(folder.done) == {first, second, third}
+    assert live.asked == [second, third]
+    assert [line["case"] for line in _lines(tmp_path)] == [first, second, third]
+
+
+def test_resume_survives_a_torn_last_line_and_runs_errors_again(tmp_path):
+    first, second, third = map(str, FINE)
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, Live({second: "error"}), folder)
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text[: text.rindex('"metrics"')])
+    live = Live()
+    with _folder(tmp_path, resume=True) as folder:
+        runner.run(FINE, live, folder)
+    assert live.asked == [second, third]
+    assert sorted(line["case"] for line in _lines(tmp_path)) == [first, second, third]
+
+
+def test_resume_keeps_failures_and_the_lines_of_other_grids(tmp_path):
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, Live({str(FINE[0]): "fail"}), folder)
+    with _folder(tmp_path, FINE[:1], resume=True) as folder:
+        assert {outcome.verdict for outcome in folder.done.values()} == {"fail"}
+        assert len(folder.done) == 1
+    assert len(_lines(tmp_path)) == 3
+
+
+def test_without_resume_earlier_results_are_set_aside(tmp_path):
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, Live(), folder)
+    with _folder(tmp_path) as folder:
+        assert not folder.done
+    assert (tmp_path / "results.jsonl").read_text() == ""
+    assert len((tmp_path / "results.previous.jsonl").read_text().splitlines()) == 3
+
+
+def test_fail_fast_stops_at_the_first_that_does_not_pass(tmp_path):
+    live = Live({str(FINE[0]): "skip", str(FINE[1]): "error"})
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, live, folder, fail_fast=True)
+    assert live.asked == [str(FINE[0]), str(FINE[1])]
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with _folder(tmp_path), pytest.raises(OutError, match="another run is writing"):
+        _folder(tmp_path)
+    with _folder(tmp_path):
+        pass
+
+
+def test_a_file_cannot_be_the_out_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutError, match=r"--out '.*file' cannot be written: .*exists"):
+        _folder(tmp_path / "file")
+
+
+def test_a_full_disk_is_infrastructure_and_says_what_to_do(tmp_path):
+    with _folder(tmp_path) as folder:
+        folder._file.close()
+        folder._file = open("/dev/full", "w")  # noqa: SIM115 - the folder closes it
+        with pytest.raises(InfrastructureError, match=r"No space left on device; free some space.*--resume"):
+            folder.add(Outcome(case="a", verdict="pass"))
+
+
+def test_metrics_are_plain_json():
+    value = {"a": np.float32(1.5), "b": [np.int64(2), float("nan")], "c": (float("inf"), True, None, "x")}
+    assert json.loads(json.dumps(records.plain(value))) == {"a": 1.5, "b": [2, None], "c": [None, True, None, "x"]}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status"),
+    [("pass pass", 0), ("pass skip", 0), ("pass fail error", 1), ("pass error", 3), ("skip", 3), ("", 3)],
+)
+def test_exit_status_tells_failures_from_errors(verdicts, status):
+    outcomes = [Outcome(case=str(i), verdict=name) for i, name in enumerate(verdicts.split())]
+    assert records.exit_code(outcomes) == status
+
+
+# With workers.
+@pytest.fixture
+def live(plugin, tmp_path):
+    harness = Harness(fixtures.build, oracle.reference, verdict.judge)
+    with session([backends.load("fake", Options())], 30.0, tmp_path / "logs", harness) as living:
+        yield living
+
+
+def test_a_right_answer_passes_and_a_wrong_one_fails_with_its_gates(live):
+    assert live.outcome(FINE[0]).verdict == "pass"
+    outcome = live.outcome(Case.parse(case_id(trouble.WRONG)))
+    assert outcome.verdict == "fail"
+    assert outcome.metrics["failed_gates"][0]["gate"] == "oracle"
+
+
+@pytest.mark.parametrize(
+    ("seed", "reason"),
+    [
+        (trouble.KILLED, "killed by SIGKILL"),
+        (trouble.RAISES, "raised ValueError: bad shard"),
+        (trouble.HANGS, "finish"),
+    ],
+)
+def test_trouble_in_a_rank_is_the_cases_error_and_the_next_case_runs(live, seed, reason):
+    live.timeout = 2.0
+    outcome = live.outcome(Case.parse(case_id(seed)))
+    assert outcome.verdict == "error"
+    assert "fake rank 1 of 2" in outcome.reason
+    assert reason in outcome.reason
+    assert outcome.metrics["log_tail"]
+    live.timeout = 30.0
+    assert live.outcome(FINE[1]).verdict == "pass"
+
+
+def test_workers_that_never_start_end_the_run_at_the_second_try(live, monkeypatch):
+    monkeypatch.setenv("FAKE_SETUP", "die")
+    assert live.outcome(FINE[0]).verdict == "error"
+    with pytest.raises(InfrastructureError, match="workers do not start: fake rank 1 of 2"):
+        live.outcome(FINE[1])
+
+
+def test_a_setup_that_raises_ends_the_run(live, monkeypatch):
+    monkeypatch.setenv("FAKE_SETUP", "raise")
+    with pytest.raises(InfrastructureError, match="cannot start: RuntimeError: no such device"):
+        live.outcome(FINE[0])
+
+
+def test_no_room_for_arrays_is_infrastructure(live):
+    def build(case, cache):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    live.harness = Harness(build, oracle.reference, verdict.judge)
+    with pytest.raises(InfrastructureError, match=r"no room for arrays in '.*': No space left.*TMPDIR"):
+        live.outcome(FINE[0])
+
+
+def test_a_fault_of_the_harness_is_an_error_of_the_case(live):
+    def judge(*_):
+        raise ZeroDivisionError("by zero")
+
+    live.harness = Harness(fixtures.build, oracle.reference, judge)
+    outcome = live.outcome(FINE[0])
+    assert (outcome.verdict, outcome.reason) == ("error", "the harness raised ZeroDivisionError: by zero")
+
+
+def test_a_backend_may_refuse_a_case(live):
+    live.backends[0].unsupported = lambda case: "no transport 'local'"
+    outcome = live.outcome(FINE[0])
+    assert (outcome.verdict, outcome.reason) == ("skip", "fake: no transport 'local'")
+
+
+def test_the_oracle_is_asked_once_for_cases_that_share_its_answer(live):
+    asked = []
+
+    def reference(case, arrays):
+        asked.append(case.logical_id)
+        return oracle.reference(case, arrays)
+
+    live.harness = Harness(fixtures.build, reference, verdict.judge)
+    for text in ("dp2.tp1/local", "dp2.tp1.ep/allgather"):
+        assert live.outcome(Case.parse(f"{text}/f32/t5.d16.f16/e4.k2")).verdict == "pass"
+    assert len(asked) == 1
+
+
+def test_scratch_space_is_removed_with_what_killed_runs_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stale = tmp_path / f"{runner.SCRATCH_PREFIX}stale"
+    stale.mkdir()
+    (stale / ".lock").touch()
+    with runner.scratch_folder() as mine:
+        assert not stale.exists()
+        with runner.scratch_folder() as other:
+            assert mine.exists()
+            assert other != mine
+    assert list(Path(tmp_path).iterdir()) == []
