@@ -63,17 +63,16 @@ def make_plan(topk_ids_tK: Int[Array, "t K"], *, first_expert: Int32[Array, ""] 
     here_tK = (local_tK >= 0) & (local_tK < num_local_experts)
     # Pairs that are not here share one key that sorts last and is in no group.
     key = jnp.where(here_tK, local_tK, num_local_experts).reshape(num_pairs)
+    group_sizes_e = jnp.zeros((num_local_experts,), jnp.int32).at[key].add(1, mode="drop")
     # A stable sort by expert alone leaves pairs in order of token, then slot.
-    key, pair = jax.lax.sort((key, jnp.arange(num_pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    bounds = jnp.searchsorted(key, jnp.arange(num_local_experts + 1, dtype=jnp.int32), method="sort")
-    group_sizes_e = jnp.diff(bounds).astype(jnp.int32)
-    is_row = jnp.arange(num_pairs, dtype=jnp.int32) < bounds[-1]
-    position = jnp.where(is_row, jnp.arange(num_pairs, dtype=jnp.int32), -1)
-    position_tK = jnp.zeros_like(position).at[pair].set(position, unique_indices=True).reshape(t, top_k)
+    pair = jnp.argsort(key, stable=True).astype(jnp.int32)
+    row = jnp.arange(num_pairs, dtype=jnp.int32)
+    is_row = row < jnp.sum(group_sizes_e)
+    position = jnp.zeros_like(row).at[pair].set(jnp.where(is_row, row, -1), unique_indices=True)
     pair_R, is_row_R = pair[:rows], is_row[:rows]
     return Plan(
         group_sizes_e=group_sizes_e,
         row_token_R=jnp.where(is_row_R, pair_R // top_k, -1),
         row_slot_R=jnp.where(is_row_R, pair_R % top_k, -1),
-        position_tK=position_tK,
+        position_tK=position.reshape(t, top_k),
     )

@@ -31,15 +31,7 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
 ) -> Float[Array, "R N"]:
     """See `ops.grouped_matmul`."""
-    x_RD, w_eND, group_sizes_e, bias_eN = match_varying(x_RD, w_eND, group_sizes_e, bias_eN)
-    if bias_eN is None:
-        return _product(x_RD, w_eND, group_sizes_e, jnp.dtype(out_dtype))
-    y_RN = _product(x_RD, w_eND, group_sizes_e, jnp.dtype(jnp.float32))
-    ends_e = jnp.cumsum(group_sizes_e)
-    row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
-    group_R = jnp.searchsorted(ends_e, row_R, side="right", method="compare_all")
-    bias_RN = bias_eN.astype(jnp.float32).at[group_R].get(mode="fill", fill_value=0)
-    return (y_RN + bias_RN).astype(out_dtype)
+    return _product(*match_varying(x_RD, w_eND, group_sizes_e, bias_eN), jnp.dtype(out_dtype))
 
 
 def gate_up(
@@ -65,113 +57,123 @@ def combine_rows(
     y_RD: Float[Array, "R D"], position_tK: Int[Array, "t K"], weights_tK: Float[Array, "t K"]
 ) -> Float32[Array, "t D"]:
     """See `ops.combine_rows`."""
-    y_RD, position_tK, weights_tK = match_varying(y_RD, position_tK, weights_tK)
-
-    def add_slot(total_tD: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
-        position_t, weight_t = slot
-        return total_tD + gather_rows(y_RD, position_t).astype(jnp.float32) * weight_t[:, None], None
-
-    weights_tK = jnp.where(position_tK >= 0, weights_tK.astype(jnp.float32), 0.0)
-    zeros_tD = jnp.zeros((position_tK.shape[0], y_RD.shape[1]), jnp.float32)
-    zeros_tD, _ = match_varying(zeros_tD, y_RD)
-    total_tD, _ = jax.lax.scan(add_slot, zeros_tD, (position_tK.T, weights_tK.T))
+    # One gather a slot: XLA fuses the chain into one pass. A (t, K, D) gather, or a loop over slots, is ten times slower.
+    total_tD = jnp.zeros((position_tK.shape[0], y_RD.shape[1]), jnp.float32)
+    for slot in range(position_tK.shape[1]):
+        position_t = position_tK[:, slot]
+        weight_t = jnp.where(position_t >= 0, weights_tK[:, slot].astype(jnp.float32), 0.0)
+        total_tD = total_tD + gather_rows(y_RD, position_t).astype(jnp.float32) * weight_t[:, None]
     return total_tD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x_RD: Array, w_eND: Array, group_sizes_e: Array, out_dtype: jnp.dtype) -> Array:
-    zeros_RN = jnp.zeros((x_RD.shape[0], w_eND.shape[1]), out_dtype)
-    return _rows_times_groups(x_RD, w_eND, group_sizes_e, zeros_RN, depth_axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _product(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: jnp.dtype) -> Array:
+    return _rows_times_groups(x_RD, w_eND, group_sizes_e, bias_eN, depth_axis=1).astype(out_dtype)
 
 
-def _product_forward(x_RD: Array, w_eND: Array, group_sizes_e: Array, out_dtype: jnp.dtype) -> tuple[Array, Any]:
-    return _product(x_RD, w_eND, group_sizes_e, out_dtype), (x_RD, w_eND, group_sizes_e)
+def _product_forward(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: jnp.dtype):
+    y_RN = _product(x_RD, w_eND, group_sizes_e, bias_eN, out_dtype)
+    return y_RN, (x_RD, w_eND, group_sizes_e, bias_eN)
 
 
-def _product_backward(_out_dtype: jnp.dtype, saved: Any, dy_RN: Array) -> tuple[Array, Array, None]:
-    x_RD, w_eND, group_sizes_e = saved
-    dx_RD = _rows_times_groups(dy_RN, w_eND, group_sizes_e, jnp.zeros_like(x_RD), depth_axis=0)
-    return dx_RD, _outer_products(dy_RN, x_RD, group_sizes_e, jnp.zeros_like(w_eND)), None
+def _product_backward(_out_dtype: jnp.dtype, saved: tuple, dy_RN: Array):
+    x_RD, w_eND, group_sizes_e, bias_eN = saved
+    dx_RD = _rows_times_groups(dy_RN, w_eND, group_sizes_e, None, depth_axis=0).astype(x_RD.dtype)
+    dw_eND = _outer_products(dy_RN, x_RD, group_sizes_e).astype(w_eND.dtype)
+    if bias_eN is None:
+        return dx_RD, dw_eND, None, None
+    ones_R1 = jnp.ones((x_RD.shape[0], 1), x_RD.dtype)
+    dbias_eN = _outer_products(dy_RN, ones_R1, group_sizes_e)[:, :, 0].astype(bias_eN.dtype)
+    return dx_RD, dw_eND, None, dbias_eN
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 def _rows_times_groups(
-    x_RD: Array, w_eND: Array, group_sizes_e: Array, out_RN: Array, *, depth_axis: int
-) -> Float[Array, "R N"]:
-    """out[r] = x[r] times its group's matrix, contracting the matrix's `depth_axis`; other rows of `out` stay."""
-    block = _block_rows(x_RD.shape[0], w_eND.shape[0])
+    x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, *, depth_axis: int
+) -> Float32[Array, "R N"]:
+    """Each row times its group's matrix, over the matrix's `depth_axis`, plus the group's bias; zeros for other rows."""
+    num_rows = x_RD.shape[0]
+    block = _block_rows(num_rows, w_eND.shape[0])
+    # Float32, and never read back: XLA then writes each block in place, where it would else copy the whole every time.
+    out_RN = jnp.zeros((num_rows + block, w_eND.shape[2 - depth_axis]), jnp.float32)
     if not block:
         return out_RN
-    out_RN, x_RD = match_varying(out_RN, x_RD)
+    x_RD, out_RN = match_varying(_pad_rows(x_RD, block), out_RN)
 
     def one_group(group: Array, out_RN: Array, for_blocks: Callable) -> Array:
         w_ND = operand(w_eND[group])
+        bias_N = 0.0 if bias_eN is None else bias_eN[group].astype(jnp.float32)
 
-        def one_block(base: Array, real_B: Array, out_RN: Array) -> Array:
-            x_BD = operand(jax.lax.dynamic_slice_in_dim(x_RD, base, block))
-            y_BN = contract(x_BD, w_ND, (1, depth_axis)).astype(out_RN.dtype)
-            # A block may reach into its neighbours' rows: those keep what they have.
-            old_BN = jax.lax.dynamic_slice_in_dim(out_RN, base, block)
-            y_BN = jnp.where(real_B[:, None], y_BN, old_BN)
-            return jax.lax.dynamic_update_slice_in_dim(out_RN, y_BN, base, 0)
+        def one_block(first: Array, real_B: Array, out_RN: Array) -> Array:
+            x_BD = operand(jax.lax.dynamic_slice_in_dim(x_RD, first, block))
+            # Rows of the next group are zeros for now: that group comes later and overwrites them.
+            y_BN = jnp.where(real_B[:, None], contract(x_BD, w_ND, (1, depth_axis)) + bias_N, 0.0)
+            return jax.lax.dynamic_update_slice_in_dim(out_RN, y_BN, first, 0)
 
         return for_blocks(one_block, out_RN)
 
-    return _for_groups(one_group, group_sizes_e, x_RD.shape[0], block, out_RN)
+    return _for_groups(one_group, group_sizes_e, block, out_RN)[:num_rows]
 
 
-def _outer_products(y_RN: Array, x_RD: Array, group_sizes_e: Array, out_eND: Array) -> Float[Array, "e N D"]:
-    """out[g] = sum over the rows of group g of the outer product of y and x; empty groups of `out` stay."""
-    block = _block_rows(x_RD.shape[0], out_eND.shape[0])
+def _outer_products(y_RN: Array, x_RD: Array, group_sizes_e: Array) -> Float32[Array, "e N D"]:
+    """The sum over each group's rows of the outer product of y and x; zeros for empty groups."""
+    num_groups = group_sizes_e.shape[0]
+    block = _block_rows(x_RD.shape[0], num_groups)
+    out_eND = jnp.zeros((num_groups, y_RN.shape[1], x_RD.shape[1]), jnp.float32)
     if not block:
         return out_eND
-    out_eND, y_RN, x_RD = match_varying(out_eND, y_RN, x_RD)
+    out_eND, y_RN, x_RD = match_varying(out_eND, _pad_rows(y_RN, block), _pad_rows(x_RD, block))
 
     def one_group(group: Array, out_eND: Array, for_blocks: Callable) -> Array:
-        def one_block(base: Array, real_B: Array, total_ND: Array) -> Array:
+        def one_block(first: Array, real_B: Array, total_ND: Array) -> Array:
             # Both sides are masked: a neighbour's row, or padding, may hold NaN, and 0 * NaN is NaN.
-            y_BN = jnp.where(real_B[:, None], jax.lax.dynamic_slice_in_dim(y_RN, base, block), 0)
-            x_BD = jnp.where(real_B[:, None], jax.lax.dynamic_slice_in_dim(x_RD, base, block), 0)
+            y_BN = jnp.where(real_B[:, None], jax.lax.dynamic_slice_in_dim(y_RN, first, block), 0)
+            x_BD = jnp.where(real_B[:, None], jax.lax.dynamic_slice_in_dim(x_RD, first, block), 0)
             return total_ND + contract(operand(y_BN), operand(x_BD), (0, 0))
 
         zeros_ND, _ = match_varying(jnp.zeros(out_eND.shape[1:], jnp.float32), out_eND)
-        total_ND = for_blocks(one_block, zeros_ND)
-        return jax.lax.dynamic_update_index_in_dim(out_eND, total_ND.astype(out_eND.dtype), group, 0)
+        return jax.lax.dynamic_update_index_in_dim(out_eND, for_blocks(one_block, zeros_ND), group, 0)
 
-    return _for_groups(one_group, group_sizes_e, x_RD.shape[0], block, out_eND)
+    return _for_groups(one_group, group_sizes_e, block, out_eND)
 
 
-def _for_groups(one_group: Callable, group_sizes_e: Array, num_rows: int, block: int, carry: Any) -> Any:
-    """Calls `one_group(group, carry, for_blocks)` for each group that has rows.
+def _pad_rows(x_RD: Array, block: int) -> Array:
+    """So many more rows that a block may start at any row."""
+    return jnp.pad(x_RD, ((0, block), (0, 0)))
 
-    `for_blocks(one_block, inner)` calls `one_block(base, real_B, inner)` for each block of the group's rows: rows
-    base..base+block of the buffer, of which `real_B` belong to this group and were not in an earlier block.
-    Example, sizes [3, 0, 6], 9 rows, block 4: group 0 has base 0, real 1110; group 2 has base 3, real 1111, and base 5
-    (7 would reach past the end), real 0011.
+
+def _for_groups(one_group: Callable, group_sizes_e: Array, block: int, carry: Any) -> Any:
+    """Calls `one_group(group, carry, for_blocks)` for each group that has rows, in order.
+
+    `for_blocks(one_block, inner)` calls `one_block(first, real_B, inner)` for each block of the group's rows: rows
+    first..first+block, of which `real_B` are the group's. Example, sizes [3, 0, 6], block 4: group 0 has first 0, real
+    1110; group 2 has first 3, real 1111, and first 7, real 1100.
     """
-    ends_e = jnp.cumsum(group_sizes_e)
-    busy_first_e = jnp.argsort(group_sizes_e == 0, stable=True)
-    num_busy = jnp.sum(group_sizes_e > 0)
+    num_groups = group_sizes_e.shape[0]
+    # Plain reductions over e rather than a sort and a cumulative sum: far less to compile, nothing to run.
+    group_e = jnp.arange(num_groups, dtype=jnp.int32)
 
-    def group_step(i: Array, carry: Any) -> Any:
-        group = busy_first_e[i]
-        end = ends_e[group]
-        start = end - group_sizes_e[group]
+    def next_busy(after: Array | int) -> Array:
+        return jnp.min(jnp.where((group_e > after) & (group_sizes_e > 0), group_e, num_groups))
+
+    def group_step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        group, carry = state
+        start = jnp.sum(jnp.where(group_e < group, group_sizes_e, 0))
+        end = start + group_sizes_e[group]
 
         def for_blocks(one_block: Callable, inner: Any) -> Any:
             def block_step(state: tuple[Array, Any]) -> tuple[Array, Any]:
                 first, inner = state
-                base = jnp.minimum(first, num_rows - block)
-                row_B = base + jnp.arange(block, dtype=base.dtype)
-                return first + block, one_block(base, (row_B >= first) & (row_B < end), inner)
+                row_B = first + jnp.arange(block, dtype=first.dtype)
+                return first + block, one_block(first, row_B < end, inner)
 
             return jax.lax.while_loop(lambda state: state[0] < end, block_step, (start, inner))[1]
 
-        return one_group(group, carry, for_blocks)
+        return next_busy(group), one_group(group, carry, for_blocks)
 
-    return jax.lax.fori_loop(0, num_busy, group_step, carry)
+    return jax.lax.while_loop(lambda state: state[0] < num_groups, group_step, (next_busy(-1), carry))[1]
 
 
 def _block_rows(num_rows: int, num_groups: int) -> int:
