@@ -141,12 +141,16 @@ class Case:
 
     @property
     def rank_counts(self) -> tuple[int, ...]:
-        """Tokens each rank routes itself, in rank order: a chunk under sequence parallelism, else its DP rank's all."""
+        """Tokens each rank routes itself, in rank order: a chunk under sequence parallelism, else its DP rank's all.
+
+        Every DP rank's array has the rows of the longest, so chunks are of one size: t7-3 over tp 2 gives chunks of
+        four, 4 and 3 tokens, then 3 and 0. Native tokens are cut by each DP rank's own count: 4 and 3, then 2 and 1.
+        """
         if not self.sequence_parallel:
             return tuple(count for count in self.tokens for _ in range(self.tp))
         out = []
         for count in self.tokens:
-            chunk = -(-count // self.tp)
+            chunk = -(-(count if self.native else max(self.tokens)) // self.tp)
             out += [min(max(count - j * chunk, 0), chunk) for j in range(self.tp)]
         return tuple(out)
 

@@ -108,7 +108,9 @@ def test_sequence_parallel_is_derived_as_vllm_derives_it():
 
 def test_sequence_parallel_chunks_cover_each_dp_rank_in_order():
     case = Case.parse("dp2.tp4.ep/allgather/bf16/t5-2.d8.f8/e8.k2")
-    assert case.rank_counts == (2, 2, 1, 0, 1, 1, 0, 0)
+    assert case.rank_counts == (2, 2, 1, 0, 2, 0, 0, 0)
+    native = Case.parse("dp2.tp4.ep.native/allgather/bf16/t5-2.d8.f8/e8.k2")
+    assert native.rank_counts == (2, 2, 1, 0, 1, 1, 0, 0)
 
 
 def test_cases_on_different_meshes_with_equal_tokens_share_the_oracle():
