@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from parity import backends, grids, report
-from parity.backends.base import Backend, Options
+from parity.backends.base import Backend, Options, cores
 from parity.backends.gpu import why_no_gpu
 from parity.case import Case, CaseError
 from parity.launch import InfrastructureError
@@ -49,12 +49,20 @@ class Platform(StrEnum):
     gpu = "gpu"
 
 
+def _positive(value: float) -> float:
+    if not value > 0:
+        raise typer.BadParameter(f"{value:g} seconds; it must be more than 0")
+    return value
+
+
 Cases = Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Case ids; 'parity list' shows some.")]
 Grid = Annotated[str | None, typer.Option("--grid", help="smoke (the default), vllm, or a .toml file.")]
 Match = Annotated[str | None, typer.Option("-k", metavar="TEXT", help="Only cases whose id holds every word of TEXT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layers run.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a case may take in the frameworks.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", callback=_positive, help="Seconds a case may take in the frameworks.")
+]
 JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
 
 
@@ -65,13 +73,19 @@ def package_version() -> str:
         return "0.1.0 (not installed)"
 
 
-@app.callback()
-def root(
-    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
-) -> None:
-    if show_version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"parity {package_version()}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("list")
@@ -220,7 +234,7 @@ def _summary(
         "seconds": round(seconds, 3),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"parity": package_version(), "python": platform.python_version(), **versions},
-        "platform": {"system": platform.platform(), "machine": platform.machine(), "cores": backends.base.cores()},
+        "platform": {"system": platform.platform(), "machine": platform.machine(), "cores": cores()},
         "command": ["parity", *sys.argv[1:]],
         "worst_margins": [{"case": o.case, "verdict": o.verdict, "margin": report.margin(o)} for o in worst[:10]],
     }
