@@ -39,7 +39,7 @@ class Trace:
     expert_load: Int32[Tensor, " E"]
 
 
-def _pad(x: Tensor, rows: int, value: float) -> Tensor:
+def _pad(x: Tensor, rows: int, value: int) -> Tensor:
     return F.pad(x.detach(), (0, 0, 0, rows - x.shape[0]), value=value)
 
 
@@ -77,9 +77,9 @@ def collect(
     num_experts = expert_load_E.shape[0]
     return Trace(
         token_index=layout.dense_index(topk_ids_nK.device),
-        router_logits=None if logits_nE is None else _pad(logits_nE, rows, 0.0),
+        router_logits=None if logits_nE is None else _pad(logits_nE, rows, 0),
         topk_ids=_pad(topk_ids_nK, rows, num_experts),
-        topk_weights=_pad(topk_weights_nK, rows, 0.0),
+        topk_weights=_pad(topk_weights_nK, rows, 0),
         group_sizes=plan.group_sizes,
         row_token=torch.where(plan.row_token >= 0, plan.row_token + first_token, -1),
         row_slot=plan.row_slot,

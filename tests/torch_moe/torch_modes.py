@@ -1,9 +1,11 @@
 """Every parallel mode of four ranks, and one forward or backward of the layer on them."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch_dense as dense
 
 from torch_moe import MoE, ParallelConfig, make_mesh
@@ -32,16 +34,26 @@ def holder(rank: int, parallel: ParallelConfig) -> int:
     return rank if parallel.token_layout == "dp_tp" else rank // parallel.tp
 
 
+def device_type() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@functools.cache
+def mesh_of(parallel: ParallelConfig):
+    """One mesh for all tests of a mode: its groups would otherwise pile up in a rank that serves many tests."""
+    return make_mesh(parallel, device_type())
+
+
 def build(config, parallel):
-    moe = MoE(config, parallel, make_mesh(parallel))
+    moe = MoE(config, parallel, mesh_of(parallel))
     moe.load_params(dense.random_params(config))
     return moe
 
 
 def inputs_of(rank, config, parallel, arrays, given):
     own = holder(rank, parallel)
-    x = torch.from_numpy(arrays[own]).to(getattr(torch, config.dtype))
-    return x, {name: torch.from_numpy(values[own]) for name, values in given.items()}
+    x = torch.from_numpy(arrays[own]).to(device_type(), getattr(torch, config.dtype))
+    return x, {name: torch.from_numpy(values[own]).to(device_type()) for name, values in given.items()}
 
 
 def forward_on_rank(rank, config, parallel, arrays, counts, given):
@@ -55,7 +67,7 @@ def forward_on_rank(rank, config, parallel, arrays, counts, given):
     assert torch.equal(y, again), "a repeated run differs"
     assert torch.equal(y, traced), "the trace changes the result"
     values = ((field.name, getattr(trace, field.name)) for field in dataclasses.fields(trace))
-    return y.float().numpy(), {name: None if value is None else value.numpy() for name, value in values}
+    return y.float().cpu().numpy(), {name: None if value is None else value.cpu().numpy() for name, value in values}
 
 
 def backward_on_rank(rank, config, parallel, arrays, counts, given, seeds):
@@ -67,10 +79,10 @@ def backward_on_rank(rank, config, parallel, arrays, counts, given, seeds):
         if value.is_floating_point():
             value.requires_grad_()
     y = moe(x, counts=counts, **given)
-    (y * torch.from_numpy(seeds[holder(rank, parallel)])).sum().backward()
+    (y * torch.from_numpy(seeds[holder(rank, parallel)]).to(device_type())).sum().backward()
     inputs = {"x": x, **{name: value for name, value in given.items() if value.requires_grad}}
     found = {**inputs, **dict(moe.named_parameters())}
-    return {name: value.grad.float().numpy() for name, value in found.items()}
+    return {name: value.grad.float().cpu().numpy() for name, value in found.items()}
 
 
 def random_tokens(config, sizes, seed=1):

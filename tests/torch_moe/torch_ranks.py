@@ -19,11 +19,13 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 CALL_TIMEOUT_S = 120
 
 
-def _serve(rank: int, world: int, port: int, connection) -> None:
+def _serve(rank: int, world: int, backend: str, port: int, connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    if backend == "nccl":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
     connection.send("ready")
     while True:
         try:
@@ -48,8 +50,9 @@ class RankError(AssertionError):
 class RankPool:
     """`world` processes that stay alive between calls."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, backend: str = "gloo") -> None:
         self.world = world
+        self.backend = backend
         self._processes: list = []
         self._connections: list = []
         self._store = None
@@ -61,7 +64,8 @@ class RankPool:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, self._store.port, theirs), daemon=True)
+            args = (rank, self.world, self.backend, self._store.port, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
