@@ -3,7 +3,7 @@
     dp2.tp2.ep/allgather/bf16/t222.d2048.f1024/e64.k6/shared+gate
     parallel  /transport/format/sizes          /routing/flags
 
-- parallel: `dpA.tpB[.ep][.sp | .nosp | .native]`; without the last part, sequence parallelism is derived.
+- parallel: `dpA.tpB[.ep][.nodesN][.sp | .nosp | .native]`; without the last part, sequence parallelism is derived.
 - sizes: `t222` is 222 tokens on every DP rank, `t5-0-7` gives each DP rank its own; `d` hidden, `f` intermediate.
 - routing: `e` experts, `k` experts per token.
 - flags, joined by `+`: see `FLAGS`.
@@ -16,7 +16,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
-TRANSPORTS = ("local", "allgather")
+TRANSPORTS = ("local", "allgather", "ragged", "padded")
+MODES = ("single", "DP", "TP", "DP+TP", "DP+EP", "EP+SP", "EP+SP native", "EP, SP off")
+"""Every parallel mode, as `Case.mode` prints it."""
+CAPABILITIES = {
+    "local": frozenset({"single", "DP", "TP", "DP+TP"}),
+    "allgather": frozenset({"DP+EP", "EP+SP", "EP+SP native", "EP, SP off"}),
+    "ragged": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
+    "padded": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
+}
+"""Which transport serves which parallel mode; each package has the same table."""
+ACROSS_NODES = frozenset({"ragged", "padded"})
+"""Transports that can cross nodes first and fan out inside."""
 FORMATS = ("bf16", "f32")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 SHAPE = "parallel/transport/format/sizes/routing[/flags]"
@@ -39,6 +50,8 @@ FLAGS = {
     "interleaved": "gate and up rows interleaved (else concatenated)",
     "alphaX, limitX": "swigluoai's alpha and limit",
     "expertbias": "biases in the experts",
+    "capacityX": "padded: room for X times the tokens of an even spread (else for all)",
+    "maxrowsN": "ragged: a rank accepts N rows (else all)",
     "mean": "inputs and weights with a non-zero mean",
     "hot": "every token to the same experts",
     "seedN": "another draw of every array",
@@ -71,6 +84,10 @@ class Flags:
     alpha: float = 1.702
     limit: float = 7.0
     expertbias: bool = False
+    capacity: float = 0.0
+    """Capacity factor of the padded transport; 0: room for everything."""
+    maxrows: int = 0
+    """Cap on the rows a rank accepts of the ragged transport; 0: none."""
     mean: bool = False
     hot: bool = False
     seed: int = 0
@@ -83,6 +100,8 @@ class Case:
     dp: int = 1
     tp: int = 1
     ep: bool = False
+    nodes: int = 1
+    """Groups of ranks that tokens enter once and fan out in."""
     sp: str | None = None
     """None (derived), "sp", "nosp" or "native"."""
     transport: str = "local"
@@ -155,6 +174,18 @@ class Case:
         return tuple(out)
 
     @property
+    def rows_per_rank(self) -> int:
+        """Rows of the array that each rank routes, padding included: the same on every rank."""
+        if not self.sequence_parallel or self.native:
+            return max(self.rank_counts)
+        return -(-max(self.tokens) // self.tp)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the transport may lose copies for want of room."""
+        return bool(self.flags.capacity or self.flags.maxrows)
+
+    @property
     def mode(self) -> str:
         """The parallel mode in words, a row of the grid."""
         if not self.ep:
@@ -168,12 +199,18 @@ class Case:
 
     @property
     def logical_id(self) -> str:
-        """What the result depends on: the id without the mesh. Cases that share it share the oracle's answer."""
+        """What the result depends on: the id without the mesh, unless the mesh decides what is dropped.
+
+        Cases that share it share the oracle's answer.
+        """
+        if self.drops:
+            return str(self)
         return "/".join(["t" + "-".join(map(str, self.tokens)), self.format, self._sizes(tokens=False),
                          f"e{self.experts}.k{self.top_k}", self._flags()])  # fmt: skip
 
     def __str__(self) -> str:
-        parallel = f"dp{self.dp}.tp{self.tp}" + (".ep" if self.ep else "") + (f".{self.sp}" if self.sp else "")
+        parallel = f"dp{self.dp}.tp{self.tp}" + (".ep" if self.ep else "")
+        parallel += (f".nodes{self.nodes}" if self.nodes > 1 else "") + (f".{self.sp}" if self.sp else "")
         parts = [parallel, self.transport, self.format, self._sizes(), f"e{self.experts}.k{self.top_k}"]
         return "/".join(parts + ([self._flags()] if self._flags() else []))
 
@@ -203,7 +240,12 @@ class Case:
             out.append(f"alpha{f.alpha:g}")
         if f.limit != Flags.limit:
             out.append(f"limit{f.limit:g}")
-        out += ["expertbias"] * f.expertbias + ["mean"] * f.mean + ["hot"] * f.hot
+        out += ["expertbias"] * f.expertbias
+        if f.capacity:
+            out.append(f"capacity{f.capacity:g}")
+        if f.maxrows:
+            out.append(f"maxrows{f.maxrows}")
+        out += ["mean"] * f.mean + ["hot"] * f.hot
         if f.seed:
             out.append(f"seed{f.seed}")
         return "+".join(out)
@@ -249,13 +291,13 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def _parse_parallel(text: str) -> dict:
-    match = re.fullmatch(r"dp(\d+)\.tp(\d+)(\.ep)?(?:\.(sp|nosp|native))?", text)
+    match = re.fullmatch(r"dp(\d+)\.tp(\d+)(\.ep)?(?:\.nodes(\d+))?(?:\.(sp|nosp|native))?", text)
     if not match:
-        raise CaseError(f"parallel part {text!r} is not dpA.tpB[.ep][.sp|.nosp|.native], for example dp2.tp2.ep")
-    dp, tp, ep, sp = match.groups()
+        raise CaseError(f"parallel part {text!r} is not dpA.tpB[.ep][.nodesN][.sp|.nosp|.native], as in dp2.tp2.ep")
+    dp, tp, ep, nodes, sp = match.groups()
     if int(dp) < 1 or int(tp) < 1:
         raise CaseError(f"parallel part {text!r}: dp and tp must be at least 1")
-    return {"dp": int(dp), "tp": int(tp), "ep": bool(ep), "sp": sp}
+    return {"dp": int(dp), "tp": int(tp), "ep": bool(ep), "nodes": int(nodes or 1), "sp": sp}
 
 
 def _parse_sizes(text: str, dp: int) -> dict:
@@ -287,6 +329,8 @@ _VALUED = {
     "scale": (rf"scale{_NUMBER}", lambda m: float(m[1])),
     "alpha": (rf"alpha{_NUMBER}", lambda m: float(m[1])),
     "limit": (rf"limit{_NUMBER}", lambda m: float(m[1])),
+    "capacity": (rf"capacity{_NUMBER}", lambda m: float(m[1])),
+    "maxrows": (r"maxrows(\d+)", lambda m: int(m[1])),
     "seed": (r"seed(\d+)", lambda m: int(m[1])),
 }
 _SWITCHES = tuple(f.name for f in fields(Flags) if f.type == "bool")
@@ -338,10 +382,20 @@ def _validate(case: Case) -> None:
             raise CaseError(f"'.{case.sp}' is sequence parallelism, which needs expert parallelism: add '.ep'")
         if case.tp == 1:
             raise CaseError(f"'.{case.sp}' is sequence parallelism, which splits tokens over tp ranks: tp must be > 1")
-    if case.transport == "local" and case.ep_size > 1:
-        raise CaseError(f"transport 'local' moves nothing and cannot serve {case.ep_size} EP ranks; allowed: allgather")
-    if case.transport != "local" and not case.ep:
-        raise CaseError(f"transport {case.transport!r} needs expert parallelism ('.ep'); without it allowed: local")
+    if case.mode not in CAPABILITIES[case.transport] and not (case.transport == "local" and case.ep_size == 1):
+        serving = ", ".join(name for name in TRANSPORTS if case.mode in CAPABILITIES[name])
+        why = {"local": "it moves nothing", "allgather": "it needs expert parallelism ('.ep')"}.get(
+            case.transport, "it needs expert parallelism, with different tokens on every rank (SP where tp > 1)"
+        )
+        raise CaseError(f"transport {case.transport!r} cannot serve mode {case.mode!r}: {why}; allowed: {serving}")
+    if case.nodes < 1 or case.dp % case.nodes:
+        raise CaseError(f"{case.nodes} nodes do not divide {case.dp} DP ranks; use a divisor")
+    if case.nodes > 1 and case.transport not in ACROSS_NODES:
+        raise CaseError(f"transport {case.transport!r} knows no nodes; allowed: {', '.join(sorted(ACROSS_NODES))}")
+    if f.capacity and case.transport != "padded":
+        raise CaseError(f"flag 'capacityX' belongs to transport 'padded', not to {case.transport!r}")
+    if f.maxrows and case.transport != "ragged":
+        raise CaseError(f"flag 'maxrowsN' belongs to transport 'ragged', not to {case.transport!r}")
     if case.experts % case.ep_size:
         raise CaseError(f"{case.experts} experts do not divide over {case.ep_size} EP ranks (dp * tp); use a multiple")
     if not case.ep and case.intermediate % case.tp:

@@ -8,12 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
+from parity.case import CAPABILITIES, FLAGS, FORMATS, MODES, TRANSPORTS, Case
 from parity.records import Outcome, counts
 
 COLOURS = {"pass": "green", "fail": "red", "error": "magenta", "skip": "yellow"}
-MODES = ("single", "DP", "TP", "DP+TP", "DP+EP", "EP+SP", "EP+SP native", "EP, SP off")
-"""Every parallel mode, in the order of the tables."""
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +101,7 @@ def _number(value: float | None) -> str:
 
 def capabilities() -> dict[str, dict[str, bool]]:
     """Which transport serves which parallel mode: what is true here must pass, the rest is refused."""
-    return {name: {mode: ("EP" in mode) == (name != "local") for mode in MODES} for name in TRANSPORTS}
+    return {name: {mode: mode in CAPABILITIES[name] for mode in MODES} for name in TRANSPORTS}
 
 
 def capability_table() -> Table:

@@ -36,6 +36,8 @@ class RankResult:
     """(R,) int32 which of the token's K choices the row is."""
     expert_load: np.ndarray
     """(E,) int32 rows of each expert over all ranks."""
+    dropped: int = 0
+    """Copies of tokens this rank dropped for want of room."""
     repeat_equal: bool = True
     """Whether a second run of the same inputs gave the same bits (`y`)."""
 
@@ -52,4 +54,5 @@ class RankResult:
         values.setdefault("router_logits", None)
         values["y_dtype"] = str(values["y_dtype"])
         values["repeat_equal"] = bool(values["repeat_equal"])
+        values["dropped"] = int(values.get("dropped", 0))
         return cls(**values)

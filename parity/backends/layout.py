@@ -108,5 +108,8 @@ def layer_options(case: Case) -> tuple[dict, dict, dict]:
         "sequence_parallel": None if case.sp is None else case.sequence_parallel,
         "token_layout": "dp_tp" if case.native else "dp",
         "transport": case.transport,
+        "nodes": case.nodes,
+        "capacity_factor": f.capacity or None,
+        "max_rows": f.maxrows or None,
     }
     return moe, router, parallel

@@ -3,7 +3,8 @@
     T tokens   D hidden   W width of an expert's input and output (D, or the latent's)   F intermediate
     E experts  K experts per token   R rows of one expert
 
-It knows no mesh: a correct layer gives this result on every one of them. Beside each value goes the variance of the
+It knows no mesh, but for what a transport drops: a correct layer gives this result on every one of them. Beside each
+value goes the variance of the
 error that correct arithmetic in the case's dtype makes on the way to it (see parity/tolerance.py).
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef, float32_of_bits, values
 from parity.case import Case
+from parity.delivery import kept
 from parity.oracle.activation import activate, sigmoid, split
 from parity.oracle.router import Routing, route, weigh
 from parity.tolerance import ErrorModel
@@ -49,6 +51,8 @@ class Reference:
     """(T, K) relative variance of the weights."""
     slot_norm: np.ndarray
     """(T, K) norm of each chosen expert's part of the output."""
+    kept: np.ndarray
+    """(T, K) which choices reach their expert; others are dropped by the transport and add nothing."""
     replay: Callable[[np.ndarray], Reference]
     """The reference for another choice of experts (T, K): a framework's own, where the oracle's was within rounding."""
 
@@ -97,6 +101,7 @@ def reference(case: Case, arrays: Mapping[str, ArrayRef], *, ids: np.ndarray | N
         weight_variance = model.weights(logit_variance, below)
     ids = own if ids is None else ids
 
+    reached = kept(case, ids)
     inputs, input_variance = x, None
     if case.flags.latent:
         inputs, input_variance = _project(x, None, _load(arrays["latent.down"]), model)
@@ -109,7 +114,7 @@ def reference(case: Case, arrays: Mapping[str, ArrayRef], *, ids: np.ndarray | N
     squares = np.zeros_like(routed)
     slot_norm = np.zeros(ids.shape)
     for expert in range(case.experts):
-        token, slot = np.nonzero(ids == expert)
+        token, slot = np.nonzero((ids == expert) & reached)
         if not len(token):
             continue
         w = weights[token, slot][:, None]
@@ -159,6 +164,7 @@ def reference(case: Case, arrays: Mapping[str, ArrayRef], *, ids: np.ndarray | N
         weights=weights,
         weight_variance=weight_variance,
         slot_norm=slot_norm,
+        kept=reached,
         replay=lambda ids: reference(case, arrays, ids=ids),
     )
 

@@ -36,7 +36,7 @@ def nontrivial(case: Case, reference: Reference) -> Gate:
 
 def sensitive(case: Case, reference: Reference, model: ErrorModel) -> Gate:
     limits = bound(variance(case, reference).sum(axis=1), freedom(case), model)
-    smallest = reference.slot_norm.min(axis=1)
+    smallest = np.where(reference.kept, reference.slot_norm, np.inf).min(axis=1)
     share = np.divide(limits, smallest, out=np.full_like(limits, np.inf), where=smallest > 0)
     token = int(np.argmax(share))
     detail = (

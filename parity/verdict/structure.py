@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parity.case import Case
+from parity.delivery import Delivery, deliver
 from parity.fixtures import DTYPE
 from parity.oracle import Reference
 from parity.results import RankResult
@@ -83,20 +84,23 @@ def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult])
             )
             break
     load = np.bincount(ids.ravel(), minlength=case.experts)
-    for rank, result in enumerate(ranks):
-        visible = np.arange(case.total_tokens) if case.ep else held[rank][0] + np.arange(held[rank][1])
+    for rank, (result, delivery) in enumerate(zip(ranks, deliver(case, ids), strict=True)):
         first = rank * local if case.ep else 0
-        yield from _row_faults(result, rank, ids[visible], visible, first, local)
+        yield from _row_faults(result, rank, ids, delivery, first, local)
+        if result.dropped != delivery.dropped:
+            yield f"rank {rank}: dropped {result.dropped} copies of tokens, expected {delivery.dropped}"
         if not np.array_equal(result.expert_load, load):
             expert = int(np.flatnonzero(result.expert_load != load)[0])
             yield f"rank {rank}: counts {result.expert_load[expert]} rows for expert {expert}, expected {load[expert]}"
 
 
-def _row_faults(result: RankResult, rank: int, ids: np.ndarray, tokens: np.ndarray, first: int, local: int):
-    """Rows must lie by expert, then by token, then by slot, and none past the last."""
-    token, slot = np.nonzero((ids >= first) & (ids < first + local))
-    expert = ids[token, slot] - first
-    order = np.lexsort((slot, token, expert))
+def _row_faults(
+    result: RankResult, rank: int, ids: np.ndarray, delivery: Delivery, first: int, local: int
+) -> Iterator[str]:
+    """Rows must lie by expert, then in the order their tokens came, then by slot, and none past the last."""
+    copy, slot = np.nonzero(delivery.live)
+    expert = ids[delivery.tokens[copy], slot] - first
+    order = np.lexsort((slot, copy, expert))
     sizes = np.bincount(expert, minlength=local)
     if not np.array_equal(result.group_sizes, sizes):
         at = int(np.flatnonzero(result.group_sizes != sizes)[0])
@@ -107,7 +111,7 @@ def _row_faults(result: RankResult, rank: int, ids: np.ndarray, tokens: np.ndarr
         yield f"rank {rank}: a row past the last of {rows} is in use"
         return
     for what, got, expected in (
-        ("token", result.row_token[:rows], tokens[token[order]]),
+        ("token", result.row_token[:rows], delivery.tokens[copy[order]]),
         ("slot", result.row_slot[:rows], slot[order]),
     ):
         if not np.array_equal(got, expected):

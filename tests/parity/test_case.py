@@ -75,7 +75,7 @@ def test_an_explicit_word_for_what_is_derived_is_the_same_case():
         ("dp2.tp2.ep/allgather/bf16/t1.d8.f8/e6.k2", ["6 experts", "4 EP ranks"]),
         ("dp2.tp1.ep.sp/allgather/bf16/t1.d8.f8/e4.k2", ["tp must be > 1"]),
         ("dp2.tp2.sp/local/bf16/t1.d8.f8/e4.k2", ["needs expert parallelism"]),
-        ("dp2.tp1.ep/local/bf16/t1.d8.f8/e4.k2", ["'local'", "2 EP ranks", "allgather"]),
+        ("dp2.tp1.ep/local/bf16/t1.d8.f8/e4.k2", ["'local'", "'DP+EP'", "allgather"]),
         ("dp2.tp1/allgather/bf16/t1.d8.f8/e4.k2", ["needs expert parallelism"]),
         ("dp2.tp1/local/bf16/t1-2-3.d8.f8/e4.k2", ["3 token counts for 2 DP ranks"]),
         ("dp2.tp1/local/bf16/t0.d8.f8/e4.k2", ["no rank has a token"]),
