@@ -1,5 +1,8 @@
 """A mixture-of-experts layer in PyTorch, over a (dp, tp) mesh of ranks."""
 
+from torch_moe.capabilities import ACROSS_NODES as ACROSS_NODES
+from torch_moe.capabilities import CAPABILITIES as CAPABILITIES
+from torch_moe.capabilities import TRANSPORT_DTYPES as TRANSPORT_DTYPES
 from torch_moe.config import MoEConfig as MoEConfig
 from torch_moe.config import ParallelConfig as ParallelConfig
 from torch_moe.config import RouterConfig as RouterConfig

@@ -88,6 +88,35 @@ def sum_ranks(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return total
 
 
+def _all_to_all(x: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: ProcessGroup) -> Tensor:
+    if send is None or receive is None:
+        received = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.shape[0]:  # Equal parts have one size on all ranks, so all leave the call out or none.
+            dist.all_to_all_single(received, x.contiguous(), group=group)
+        return received
+    _check_sizes(x, sum(send), send, group)
+    received = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), group=group)
+    return received
+
+
+def exchange_integers(values_N: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Entry i of `values_N` goes to rank i: (N,) to what each rank had for this one (N,). No gradient."""
+    return values_N if group is None else _all_to_all(values_N, None, None, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, send, receive, group):
+        ctx.sizes, ctx.group = (receive, send), group
+        return _all_to_all(x, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _all_to_all(grad, *ctx.sizes, ctx.group), None, None, None
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sizes, group):
@@ -186,6 +215,26 @@ def all_gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None)
 def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """Adds up every rank's (T, ...) in rank order and keeps this rank's rows (n, ...). Gradient: all-gather."""
     return x if group is None else _ReduceScatter.apply(x, tuple(sizes), group)
+
+
+def all_to_all_rows(
+    x: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: ProcessGroup | None
+) -> Tensor:
+    """Each rank's part of the rows goes to it. Gradient: the reverse exchange.
+
+    Args:
+        x: (M, ...) rows by destination rank.
+        send: how many go to each rank; None: equally many to each, on all ranks.
+        receive: how many come from each rank; None with `send`.
+        group: the ranks, or None for one.
+
+    Returns:
+        (M', ...) rows by source rank.
+    """
+    if group is None:
+        return x
+    sizes = (None, None) if send is None or receive is None else (tuple(send), tuple(receive))
+    return _AllToAll.apply(x, *sizes, group)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:

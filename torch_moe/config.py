@@ -9,13 +9,15 @@ import math
 import operator
 from typing import Any, Literal, get_args
 
+from torch_moe.capabilities import ACROSS_NODES, CAPABILITIES, TRANSPORT_DTYPES, serving
+
 Source = Literal["gate", "logits", "ids"]
 Scoring = Literal["softmax", "sigmoid"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
 DtypeName = Literal["bfloat16", "float32"]
 TokenLayout = Literal["dp", "dp_tp"]
-TransportName = Literal["local", "allgather"]
+TransportName = Literal["local", "allgather", "ragged", "padded"]
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 UNGATED_ACTIVATIONS = ("silu", "gelu", "relu2")
@@ -193,8 +195,13 @@ class ParallelConfig:
             construction the field holds the resolved value.
         token_layout: "dp": tokens come split over dp and replicated over tp, and leave so; "dp_tp": already split over
             dp and tp on the sequence, both ways (needs sequence parallelism). Never inferred from a shape.
-        transport: how rows reach their experts. None: derived, "allgather" when ep > 1 and "local" otherwise. After
-            construction the field holds the resolved value.
+        transport: how rows reach their experts; `CAPABILITIES` says which serves which mode. None: derived, "allgather"
+            when ep > 1 and "local" otherwise. After construction the field holds the resolved value.
+        nodes: for "ragged" and "padded": groups of dp / nodes * tp ranks that a token enters once and fans out in. With
+            more than one the mesh has axes ("node", "local", "tp"); ranks keep their order.
+        capacity_factor: "padded" only: slots for so many times the copies of an even spread; what finds no slot is
+            dropped. None: slots for all.
+        max_rows: "ragged" only: token copies a rank accepts; later ones are dropped. None: all.
     """
 
     dp: int = 1
@@ -203,6 +210,9 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
     token_layout: TokenLayout = "dp"
     transport: TransportName | None = None
+    nodes: int = 1
+    capacity_factor: float | None = None
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         _whole_number(self, "dp", 1)
@@ -224,10 +234,46 @@ class ParallelConfig:
         if self.transport is None:
             object.__setattr__(self, "transport", "allgather" if self.ep > 1 else "local")
         _one_of(self, "transport", get_args(TransportName))
-        if self.transport == "allgather" and not self.expert_parallel:
-            raise ValueError("transport='allgather': allowed without expert_parallel is 'local'")
-        if self.transport == "local" and self.ep > 1:
-            raise ValueError(f"transport='local': allowed with ep={self.ep} is 'allgather'")
+        name, mode = str(self.transport), self.mode
+        alone = name == "local" and self.ep == 1
+        if mode not in CAPABILITIES[name] and not alone:
+            allowed = ", ".join(map(repr, serving(mode)))
+            why = ""
+            if name in ACROSS_NODES and self.expert_parallel:
+                why = "; with sequence_parallel=True ranks have tokens of their own and 'ragged' and 'padded' too"
+            raise ValueError(f"transport={name!r} in mode {mode!r}: allowed is {allowed}{why}")
+        self._check_transport_options(name)
+
+    def _check_transport_options(self, name: str) -> None:
+        _whole_number(self, "nodes", 1)
+        if self.nodes > 1 and name not in ACROSS_NODES:
+            allowed = ", ".join(map(repr, sorted(ACROSS_NODES)))
+            raise ValueError(
+                f"nodes={self.nodes} with transport={name!r} in mode {self.mode!r}: allowed transports are {allowed}"
+            )
+        if self.dp % self.nodes:
+            raise ValueError(f"nodes={self.nodes}: allowed are divisors of dp={self.dp}")
+        for field, owner in (("capacity_factor", "padded"), ("max_rows", "ragged")):
+            value = getattr(self, field)
+            if value is not None and name != owner:
+                raise ValueError(
+                    f"{field}={value!r} with transport={name!r} in mode {self.mode!r}: allowed is transport={owner!r}"
+                )
+        if self.capacity_factor is not None:
+            _finite(self, "capacity_factor", positive=True)
+        if self.max_rows is not None:
+            _whole_number(self, "max_rows", 1)
+
+    @property
+    def mode(self) -> str:
+        """The parallel mode, by its name in `CAPABILITIES`."""
+        if not self.expert_parallel:
+            return "+".join(name for name, size in (("DP", self.dp), ("TP", self.tp)) if size > 1) or "single"
+        if self.token_layout == "dp_tp":
+            return "EP+SP native"
+        if self.sp:
+            return "EP+SP"
+        return "EP, SP off" if self.tp > 1 else "DP+EP"
 
     @property
     def ep(self) -> int:
@@ -256,7 +302,13 @@ class ParallelConfig:
 
 
 def check(config: MoEConfig, parallel: ParallelConfig) -> None:
-    """Raises `ValueError` where a layer cannot be spread this way: a size that does not divide."""
+    """Raises `ValueError` where a layer cannot be spread this way: a size that does not divide, a dtype not carried."""
+    carried = TRANSPORT_DTYPES[str(parallel.transport)]
+    if config.dtype not in carried:
+        raise ValueError(
+            f"dtype={config.dtype!r} with transport={parallel.transport!r} in mode {parallel.mode!r}: allowed are "
+            f"{', '.join(map(repr, sorted(carried)))}"
+        )
     if config.num_experts % parallel.ep:
         raise ValueError(f"num_experts={config.num_experts}: allowed are multiples of ep={parallel.ep}")
     if parallel.splits_intermediate and config.intermediate_size % parallel.tp:

@@ -31,7 +31,7 @@ from torch_moe.activation import Activation
 from torch_moe.config import MoEConfig, ParallelConfig, check
 from torch_moe.layout import TokenLayout
 from torch_moe.mesh import Ranks, find_ranks
-from torch_moe.transport.base import Exchange, Handle, Placement, Transport
+from torch_moe.transport.base import Exchange, Handle, Placement, Transport, weigh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,7 +269,9 @@ class MoE(nn.Module):
             arrays, [report[1:] for report in reported], parallel, range(first, first + len(reported))
         )
         if not everyone:
-            return TokenLayout(array_rows=rows, own_rows=rows, own_real=real, sizes=(real,), offset=None)
+            return TokenLayout(
+                array_rows=rows, own_rows=rows, own_real=real, sizes=(real,), most_rows=rows, offset=None
+            )
         by_rank = layout.real_by_rank(arrays, counts, parallel)
         index = ranks.dp_index * parallel.tp + ranks.tp_index if parallel.sp else ranks.dp_index
         return TokenLayout(
@@ -277,6 +279,7 @@ class MoE(nn.Module):
             own_rows=layout.chunk_rows(rows, parallel.tp) if self._scatters else rows,
             own_real=by_rank[index],
             sizes=by_rank if parallel.ep > 1 else (real,),
+            most_rows=layout.chunk_rows(max(arrays), parallel.tp) if self._scatters else max(arrays),
             offset=sum(by_rank[:index]),
         )
 
@@ -297,24 +300,39 @@ class MoE(nn.Module):
         ids, weights = router.route(logits, self.router.bias, router=self.config.router, top_k=self.config.top_k)
         return logits, ids, weights
 
-    def _routed_branch(
-        self, x_nD: Tensor, ids_nK: Tensor, weights_nK: Tensor, tokens: TokenLayout
-    ) -> tuple[Branch, Handle]:
-        mover = cast(Transport, getattr(transport, cast(str, self.parallel.transport)))
-        x_nW = x_nD
-        if self.latent is not None:
-            x_nW = matmul.linear(x_nD, self._whole(self.latent.down), tensor_cores=True).to(x_nD.dtype)
+    @property
+    def _mover(self) -> Transport:
+        return cast(Transport, getattr(transport, cast(str, self.parallel.transport)))
+
+    def _exchange(self, tokens: TokenLayout) -> Exchange:
         group = None
         if self.parallel.ep > 1:
             group = self.ranks.dp if self._partial_over else self.ranks.world
-        rows_RW, handle = mover.dispatch(
-            self._enter(x_nW),
+        return Exchange(
+            group=group,
+            sizes=tokens.sizes,
+            rows=tokens.most_rows,
+            levels=self.ranks.levels,
+            capacity_factor=self.parallel.capacity_factor,
+            max_rows=self.parallel.max_rows,
+        )
+
+    def _routed_branch(
+        self, x_nD: Tensor, ids_nK: Tensor, weights_nK: Tensor, tokens: TokenLayout
+    ) -> tuple[Branch, Handle]:
+        mover = self._mover
+        x_nW = x_nD
+        if self.latent is not None:
+            x_nW = matmul.linear(x_nD, self._whole(self.latent.down), tensor_cores=True).to(x_nD.dtype)
+        rows, handle = mover.dispatch(
+            {"values": self._enter(x_nW)},
             ids_nK,
             self._enter(weights_nK),
             placement=self.placement,
-            exchange=Exchange(group=group, sizes=tokens.sizes),
+            exchange=self._exchange(tokens),
             weight_on_input=self.config.router.weight_on_input,
         )
+        rows_RW = weigh(rows["values"], handle)
         y_nW = mover.combine(self._run_experts(rows_RW, handle), handle)
         routed = Branch(value=y_nW, partial_over=self._partial_over)
         if self.latent is None:
@@ -329,7 +347,7 @@ class MoE(nn.Module):
         if down_bias is not None and self.parallel.splits_intermediate:
             # Every tp rank adds up its part of F; the bias belongs to the sum, once.
             down_bias = collectives.on_first(down_bias, self.ranks.tp_index == 0)
-        sizes, num_rows = handle.plan.group_sizes, handle.num_rows
+        sizes, num_rows = handle.plan.group_sizes, handle.rows_in_use
         h_RF = experts.gate_up(
             rows_RW,
             weights.gate_up,
@@ -366,13 +384,14 @@ class MoE(nn.Module):
     ) -> trace.Trace:
         load = trace.count_ids(ids_nK, self.config.num_experts)
         load = collectives.sum_ranks(load, self.ranks.world if self.parallel.sp else self.ranks.dp)
-        assert tokens.offset is not None, "a trace numbers tokens over all ranks"
+        number_n = tokens.dense_index(ids_nK.device)[: len(ids_nK), None]
         return trace.collect(
             tokens,
             logits_nE,
             ids_nK,
             weights_nK,
             handle.plan,
-            first_token=0 if self.parallel.ep > 1 else tokens.offset,
+            token_number_t=self._mover.carry(number_n, handle)[:, 0],
+            dropped=handle.dropped,
             expert_load_E=load,
         )

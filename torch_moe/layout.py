@@ -28,6 +28,7 @@ class TokenLayout:
         own_rows: rows this rank routes, padding included: its chunk under sequence parallelism, else `array_rows`.
         own_real: the real ones among them, which come first.
         sizes: `own_real` of every rank that tokens are exchanged with, in rank order; without exchange, of this rank.
+        most_rows: the largest `own_rows` of those ranks.
         offset: the dense index of this rank's first real row, None where no rank asked.
     """
 
@@ -35,6 +36,7 @@ class TokenLayout:
     own_rows: int
     own_real: int
     sizes: tuple[int, ...]
+    most_rows: int
     offset: int | None
 
     def dense_index(self, device: torch.device) -> Int32[Tensor, " own"]:

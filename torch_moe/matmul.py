@@ -129,6 +129,15 @@ def _expert_of_row(ends_e: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(ends_e, torch.arange(rows, device=ends_e.device, dtype=ends_e.dtype), right=True)
 
 
+def _clear_past(out_RN: Tensor, ends_e: Tensor, num_rows: int | None) -> None:
+    """Zeros in rows past the last group, whose end the host may not know."""
+    if num_rows is not None:
+        out_RN[num_rows:].zero_()
+        return
+    row_R = torch.arange(out_RN.shape[0], device=ends_e.device, dtype=ends_e.dtype)
+    out_RN.masked_fill_((row_R >= ends_e[-1])[:, None], 0)
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RM: Tensor, w_eNM: Tensor, bias_eN: Tensor | None, group_sizes_e: Tensor, num_rows: int | None):
@@ -144,8 +153,7 @@ class _GroupedLinear(torch.autograd.Function):
         if bias_eN is not None:
             expert_R = _expert_of_row(ends_e, x_RM.shape[0]).clamp_(max=bias_eN.shape[0] - 1)
             out_RN += bias_eN.float()[expert_R]
-        num_rows = int(ends_e[-1]) if num_rows is None else num_rows
-        out_RN[num_rows:].zero_()
+        _clear_past(out_RN, ends_e, num_rows)
         ctx.num_rows = num_rows
         ctx.save_for_backward(x_RM, w_eNM, ends_e)
         ctx.bias = None if bias_eN is None else (bias_eN.shape[0], bias_eN.dtype)
@@ -159,7 +167,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.grouped:
             grad_x, grad_w = _backward_grouped(grad_RN, x_RM, w_eNM, ends_e, needs[:2])
             if grad_x is not None:
-                grad_x[ctx.num_rows :].zero_()
+                _clear_past(grad_x, ends_e, ctx.num_rows)
         else:
             grad_x, grad_w = _backward_by_expert(grad_RN, x_RM, w_eNM, ctx.sizes, needs[:2])
         grad_bias = None
@@ -190,7 +198,7 @@ def grouped_linear(
         w_eNM: (e, N, M).
         group_sizes_e: (e,) int32, rows of each expert, in order, from row 0 on.
         bias_eN: (e, N), added in float32.
-        num_rows: the sum of `group_sizes_e` where the host knows it; None looks on the device.
+        num_rows: the sum of `group_sizes_e` where the host knows it; with None it stays on the device.
 
     Returns:
         (R, N) float32. Rows past the last group are zeros, whatever `x_RM` holds there.

@@ -1,6 +1,7 @@
-"""This rank's place in a (dp, tp) mesh, and the groups it talks to."""
+"""This rank's place in the mesh, and the groups it talks to."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -8,8 +9,30 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_moe.config import ParallelConfig
 
-MESH_AXES = ("dp", "tp")
-"""Names of the mesh's axes, both always there; rank = dp_index * tp + tp_index."""
+
+def mesh_axes(parallel: ParallelConfig) -> dict[str, int]:
+    """The mesh's axes and their sizes, all always there; ranks count through the last one first.
+
+    With nodes the pair ("node", "local") takes the place of "dp".
+    """
+    if parallel.nodes == 1:
+        return {"dp": parallel.dp, "tp": parallel.tp}
+    return {"node": parallel.nodes, "local": parallel.dp // parallel.nodes, "tp": parallel.tp}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One level of ranks that tokens are exchanged along.
+
+    Attributes:
+        group: the ranks, or None for this one alone.
+        ranks: how many.
+        index: this rank's place among them.
+    """
+
+    group: ProcessGroup | None
+    ranks: int
+    index: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +45,8 @@ class Ranks:
         dp: the ranks with this tp index.
         tp: the ranks with this dp index.
         world: all ranks of the mesh, dp-major.
+        levels: from the outermost: all ranks; or with nodes, those with this rank's place on each node and then those
+            of this node.
     """
 
     dp_index: int
@@ -29,6 +54,7 @@ class Ranks:
     dp: ProcessGroup | None
     tp: ProcessGroup | None
     world: ProcessGroup | None
+    levels: tuple[Axis, ...]
 
     def over(self, axis: str) -> ProcessGroup | None:
         """The group along one mesh axis."""
@@ -36,7 +62,9 @@ class Ranks:
 
 
 def make_mesh(parallel: ParallelConfig, device_type: str = "cpu") -> DeviceMesh | None:
-    """A (dp, tp) mesh over all ranks of the default process group, or None for one rank without one.
+    """A mesh over all ranks of the default process group, or None for one rank without one.
+
+    Its axes are ("dp", "tp"), or with nodes ("node", "local", "tp").
 
     Args:
         parallel: the sizes.
@@ -51,7 +79,17 @@ def make_mesh(parallel: ParallelConfig, device_type: str = "cpu") -> DeviceMesh 
     if ranks != parallel.world:
         found = "no process group" if ranks is None else f"a process group of {ranks}"
         raise ValueError(f"dp={parallel.dp}, tp={parallel.tp}: allowed is dp * tp ranks, not {found}")
-    return init_device_mesh(device_type, (parallel.dp, parallel.tp), mesh_dim_names=MESH_AXES)
+    axes = mesh_axes(parallel)
+    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def _joined(mesh: DeviceMesh, axes: Sequence[str]) -> ProcessGroup | None:
+    """The group over several axes. Made once per mesh: a second layer on the same mesh finds the same group."""
+    names = tuple(name for name in axes if mesh[name].size() > 1)
+    if len(names) < 2:
+        return mesh.get_group(names[0]) if names else None
+    part = mesh if names == mesh.mesh_dim_names else mesh[names]
+    return part._flatten("_".join(names)).get_group()
 
 
 def find_ranks(parallel: ParallelConfig, mesh: DeviceMesh | None) -> Ranks:
@@ -60,21 +98,35 @@ def find_ranks(parallel: ParallelConfig, mesh: DeviceMesh | None) -> Ranks:
     Raises:
         ValueError: no mesh for several ranks, or one of another shape, with other axes, or not in ascending order.
     """
-    allowed = f"({parallel.dp}, {parallel.tp}) with axes {MESH_AXES}"
+    axes = mesh_axes(parallel)
+    allowed = f"{tuple(axes.values())} with axes {tuple(axes)}"
     if mesh is None:
         if parallel.world > 1:
             raise ValueError(f"device_mesh=None: allowed is a mesh of {allowed}")
-        return Ranks(dp_index=0, tp_index=0, dp=None, tp=None, world=None)
+        alone = (Axis(group=None, ranks=1, index=0),)
+        return Ranks(dp_index=0, tp_index=0, dp=None, tp=None, world=None, levels=alone)
     shape, names = tuple(mesh.shape), mesh.mesh_dim_names
-    if shape != (parallel.dp, parallel.tp) or names != MESH_AXES:
+    if shape != tuple(axes.values()) or names != tuple(axes):
         raise ValueError(f"device_mesh of shape {shape} with axes {names}: allowed is {allowed}")
-    dp = mesh.get_group("dp") if parallel.dp > 1 else None
-    tp = mesh.get_group("tp") if parallel.tp > 1 else None
-    world = dp or tp
-    if dp is not None and tp is not None:
-        # Made once per mesh: a second layer on the same mesh finds the same group.
-        world = mesh._flatten("dp_tp").get_group()
+    world = _joined(mesh, names)
     # A group orders its ranks by number, so only then is a place in the group dp_index * tp + tp_index.
     if world is not None and dist.get_process_group_ranks(world) != mesh.mesh.flatten().tolist():
         raise ValueError(f"device_mesh over ranks {mesh.mesh.tolist()}: allowed are ranks in ascending order")
-    return Ranks(dp_index=mesh.get_local_rank("dp"), tp_index=mesh.get_local_rank("tp"), dp=dp, tp=tp, world=world)
+    dp_index, tp_index = 0, mesh.get_local_rank("tp")
+    for name in names[:-1]:
+        dp_index = dp_index * axes[name] + mesh.get_local_rank(name)
+    levels = []
+    per_node = parallel.world // parallel.nodes
+    node, place = divmod(dp_index * parallel.tp + tp_index, per_node)
+    if parallel.nodes > 1:
+        levels.append(Axis(group=_joined(mesh, ("node",)), ranks=parallel.nodes, index=node))
+    inside = names if parallel.nodes == 1 else names[1:]
+    levels.append(Axis(group=_joined(mesh, inside), ranks=per_node, index=place))
+    return Ranks(
+        dp_index=dp_index,
+        tp_index=tp_index,
+        dp=_joined(mesh, names[:-1]),
+        tp=_joined(mesh, names[-1:]),
+        world=world,
+        levels=tuple(levels),
+    )

@@ -30,7 +30,7 @@ def _take(x_tW: Tensor, index_R: Tensor) -> Tensor:
 
 def _sum_slots(rows_RW: Tensor, position_tK: Tensor, weight_tK: Tensor | None) -> Tensor:
     """(t, W) float32: each token's rows, weighted, added slot after slot."""
-    total_tW = rows_RW.new_zeros(position_tK.shape[0], rows_RW.shape[1], dtype=torch.float32)
+    total_tW = rows_RW.new_zeros(position_tK.shape[0], *rows_RW.shape[1:], dtype=torch.float32)
     for slot in range(position_tK.shape[1]):
         part_tW = _take(rows_RW, position_tK[:, slot]).float()
         if weight_tK is None:
@@ -54,6 +54,20 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad_RW: Tensor):
         (position_tK,) = ctx.saved_tensors
         return _sum_slots(grad_RW, position_tK, None).to(ctx.dtype), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RW: Tensor, row_token_R: Tensor, position_tK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_token_R)
+        ctx.dtype = rows_RW.dtype
+        return _sum_slots(rows_RW, position_tK, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_tW: Tensor):
+        (row_token_R,) = ctx.saved_tensors
+        return _take(grad_tW, row_token_R).to(ctx.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -101,7 +115,7 @@ def gather_rows(
     """The row of each token-expert pair.
 
     Args:
-        x_tW: (t, W) tokens.
+        x_tW: (t, W) tokens, of any further shape.
         row_token_R: (R,) int32, the token of each row, -1 for none.
         position_tK: (t, K) int32, the inverse: the row of each token's slot, -1 for none. The gradient uses it.
 
@@ -109,6 +123,22 @@ def gather_rows(
         (R, W) in the dtype of x; zeros where there is no token.
     """
     return _Gather.apply(x_tW, row_token_R, position_tK)
+
+
+def sum_rows(
+    rows_RW: Float[Tensor, "R W"], row_token_R: Int32[Tensor, " R"], position_tK: Int32[Tensor, "t K"]
+) -> Float32[Tensor, "t W"]:
+    """Adds up each token's rows in float32, slot 0 first: `combine_rows` with weights of one.
+
+    Args:
+        rows_RW: (R, W).
+        row_token_R: (R,) int32, -1 for none. The gradient uses it.
+        position_tK: (t, K) int32, -1 where a slot has no row.
+
+    Returns:
+        (t, W) float32; a token without rows gets zeros.
+    """
+    return _Sum.apply(rows_RW, row_token_R, position_tK)
 
 
 def gather_weights(

@@ -24,9 +24,12 @@ class Trace:
         topk_ids: (t, K) int32, E for padding.
         topk_weights: (t, K) float32, 0 for padding.
         group_sizes: (e,) int32, rows of each expert on this rank.
-        row_token: (R,) int32, the token number of each row, sorted by expert, token, slot; -1 past the last row.
+        row_token: (R,) int32, the token number of each row, sorted by expert, then in the order the tokens came (by
+            number, except over two hops), then by slot; -1 past the last row.
         row_slot: (R,) int32, which slot of the token, -1 past the last row.
-        expert_load: (E,) int32, rows of each expert over the real tokens of all ranks.
+        expert_load: (E,) int32, rows of each expert over the real tokens of all ranks, as the router chose.
+        dropped: () int32, token copies this rank dropped: those it found no slot for (padded), or did not accept
+            (ragged). They have no rows.
     """
 
     token_index: Int32[Tensor, " t"]
@@ -37,6 +40,7 @@ class Trace:
     row_token: Int32[Tensor, " R"]
     row_slot: Int32[Tensor, " R"]
     expert_load: Int32[Tensor, " E"]
+    dropped: Int32[Tensor, ""]
 
 
 def _pad(x: Tensor, rows: int, value: int) -> Tensor:
@@ -59,7 +63,8 @@ def collect(
     topk_weights_nK: Float32[Tensor, "n K"],
     plan: Plan,
     *,
-    first_token: int,
+    token_number_t: Int32[Tensor, " s"],
+    dropped: Int32[Tensor, ""],
     expert_load_E: Int32[Tensor, " E"],
 ) -> Trace:
     """Puts a trace together.
@@ -70,10 +75,15 @@ def collect(
         topk_ids_nK: chosen experts.
         topk_weights_nK: their weights.
         plan: over the tokens that reached this rank.
-        first_token: the number of the first token that the plan saw.
+        token_number_t: the number of each token that the plan saw.
+        dropped: copies this rank dropped.
         expert_load_E: over all ranks.
     """
     rows = layout.own_rows
+    row_token_R = torch.full_like(plan.row_token, -1)
+    if len(token_number_t):
+        number_R = token_number_t.index_select(0, plan.row_token.clamp(min=0))
+        row_token_R = torch.where(plan.row_token >= 0, number_R, row_token_R)
     num_experts = expert_load_E.shape[0]
     return Trace(
         token_index=layout.dense_index(topk_ids_nK.device),
@@ -81,7 +91,8 @@ def collect(
         topk_ids=_pad(topk_ids_nK, rows, num_experts),
         topk_weights=_pad(topk_weights_nK, rows, 0),
         group_sizes=plan.group_sizes,
-        row_token=torch.where(plan.row_token >= 0, plan.row_token + first_token, -1),
+        row_token=row_token_R,
         row_slot=plan.row_slot,
         expert_load=expert_load_E,
+        dropped=dropped,
     )

@@ -81,10 +81,9 @@ class TorchBackend(Backend):
         traced = {
             name: None if (value := getattr(trace, name)) is None else value.cpu().numpy() for name in TRACE_FIELDS
         }
-        values = y.float().cpu().numpy()
-        return {
-            self.rank: RankResult(y=values, y_dtype=str(y.dtype).removeprefix("torch."), **traced, repeat_equal=equal)
-        }
+        values, dtype = y.float().cpu().numpy(), str(y.dtype).removeprefix("torch.")
+        result = RankResult(y=values, y_dtype=dtype, **traced, dropped=int(trace.dropped), repeat_equal=equal)
+        return {self.rank: result}
 
     def _layer(self, case: Case, arrays: Mapping[str, ArrayRef], device: torch.device) -> torch.nn.Module:
         moe, router, parallel = layer_options(case)
@@ -99,7 +98,7 @@ class TorchBackend(Backend):
         """One mesh a shape for the life of the process: its groups hold sockets."""
         if parallel.world == 1:
             return None
-        shape = (parallel.dp, parallel.tp)
+        shape = (parallel.dp, parallel.tp, parallel.nodes)
         if shape not in self.meshes:
             self.meshes[shape] = self.house.make_mesh(parallel, device.type)
         return self.meshes[shape]

@@ -7,39 +7,40 @@ and in rank order.
 from torch_moe import collectives
 from torch_moe._typing import Float, Float32, Int, Tensor
 from torch_moe.transport.base import Exchange, Handle, Placement, make_rows, sum_rows
+from torch_moe.transport.hop import Payload
 
 
 def dispatch(
-    x_nW: Float[Tensor, "n W"],
+    payload: Payload,
     topk_ids_nK: Int[Tensor, "n K"],
     topk_weights_nK: Float32[Tensor, "n K"],
     *,
     placement: Placement,
     exchange: Exchange,
     weight_on_input: bool = False,
-) -> tuple[Float[Tensor, "R W"], Handle]:
+) -> tuple[dict[str, Tensor], Handle]:
     """Gathers the tokens of all ranks and sorts those that chose an expert here.
 
     Args:
-        x_nW: (n, W) this rank's real tokens, n being its entry of `exchange.sizes`.
+        payload: (n, ...) tensors by name, of this rank's real tokens, n being its entry of `exchange.sizes`.
         topk_ids_nK: (n, K).
         topk_weights_nK: (n, K) float32.
         placement: this rank's experts.
         exchange: the ranks, and how many tokens each has.
-        weight_on_input: multiply rows by their weights here instead of summing with them in `combine`.
+        weight_on_input: the weights belong to the experts' input; see `base.weigh`.
 
     Returns:
-        rows (R, W) in the dtype of x, sorted by expert, then by token in rank order, then by slot; and the handle for
+        the payload's rows (R, ...), sorted by expert, then by token in rank order, then by slot; and the handle for
         `combine`.
     """
-    x_tW, ids_tK, weights_tK = (
-        collectives.all_gather_rows(part, exchange.sizes, exchange.group)
-        for part in (x_nW, topk_ids_nK, topk_weights_nK)
-    )
+
+    def gather(part: Tensor) -> Tensor:
+        return collectives.all_gather_rows(part, exchange.sizes, exchange.group)
+
     return make_rows(
-        x_tW,
-        ids_tK,
-        weights_tK,
+        {name: gather(values) for name, values in payload.items()},
+        gather(topk_ids_nK),
+        gather(topk_weights_nK),
         placement=placement,
         exchange=exchange,
         weight_on_input=weight_on_input,
@@ -50,3 +51,8 @@ def dispatch(
 def combine(y_RW: Float[Tensor, "R W"], handle: Handle) -> Float32[Tensor, "n W"]:
     """Sums each token's results here and over the ranks: (R, W) to this rank's (n, W) float32."""
     return collectives.reduce_scatter_rows(sum_rows(y_RW, handle), handle.exchange.sizes, handle.exchange.group)
+
+
+def carry(values_n: Tensor, handle: Handle) -> Tensor:
+    """Moves one value per token, (n, ...), as `dispatch` moved the tokens: (t, ...)."""
+    return collectives.all_gather_rows(values_n, handle.exchange.sizes, handle.exchange.group)

@@ -2,32 +2,33 @@
 
 from torch_moe._typing import Float, Float32, Int, Tensor
 from torch_moe.transport.base import Exchange, Handle, Placement, make_rows, sum_rows
+from torch_moe.transport.hop import Payload
 
 
 def dispatch(
-    x_nW: Float[Tensor, "n W"],
+    payload: Payload,
     topk_ids_nK: Int[Tensor, "n K"],
     topk_weights_nK: Float32[Tensor, "n K"],
     *,
     placement: Placement,
     exchange: Exchange,
     weight_on_input: bool = False,
-) -> tuple[Float[Tensor, "R W"], Handle]:
+) -> tuple[dict[str, Tensor], Handle]:
     """Sorts this rank's tokens by expert.
 
     Args:
-        x_nW: (n, W) this rank's real tokens.
+        payload: (n, ...) tensors by name, of this rank's real tokens.
         topk_ids_nK: (n, K).
         topk_weights_nK: (n, K) float32.
         placement: all experts, here.
         exchange: this rank alone.
-        weight_on_input: multiply rows by their weights here instead of summing with them in `combine`.
+        weight_on_input: the weights belong to the experts' input; see `base.weigh`.
 
     Returns:
-        rows (R, W) in the dtype of x, sorted by expert, and the handle for `combine`.
+        the payload's rows (R, ...), sorted by expert, and the handle for `combine`.
     """
     return make_rows(
-        x_nW,
+        payload,
         topk_ids_nK,
         topk_weights_nK,
         placement=placement,
@@ -41,3 +42,8 @@ def dispatch(
 def combine(y_RW: Float[Tensor, "R W"], handle: Handle) -> Float32[Tensor, "n W"]:
     """Sums each token's results: (R, W) to (n, W) float32. Complete, but for what tensor parallelism leaves partial."""
     return sum_rows(y_RW, handle)
+
+
+def carry(values_n: Tensor, handle: Handle) -> Tensor:
+    """Moves one value per token, (n, ...), as `dispatch` moved the tokens: not at all."""
+    return values_n
