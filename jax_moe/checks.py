@@ -75,14 +75,15 @@ def counts(counts: Any, shards: int, rows: int) -> None:
 
 
 def axes(parallel: ParallelConfig) -> None:
-    """Checks that mesh axes "dp" and "tp" of the right sizes surround the call."""
-    for axis, size in (("dp", parallel.dp), ("tp", parallel.tp)):
+    """Checks that the mesh axes of `parallel`, of the right sizes, surround the call."""
+    for axis, size in parallel.axis_sizes.items():
         try:
             actual = jax.lax.axis_size(axis)
         except NameError as error:
             raise ValueError(f"moe_local: no mesh axis {axis!r} here: expected to be inside of a shard_map") from error
         if actual != size:
-            raise ValueError(f"moe_local: mesh axis {axis!r} has size {actual}: expected parallel.{axis} = {size}")
+            source = {"node": "nodes", "local": "dp / parallel.nodes"}.get(axis, axis)
+            raise ValueError(f"moe_local: mesh axis {axis!r} has size {actual}: expected parallel.{source} = {size}")
 
 
 def implementation(implementation: str | None) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jax_moe.capabilities import ACROSS_NODES, CAPABILITIES, TRANSPORT_DTYPES, serving
+
 Source = Literal["gate", "logits", "ids"]
 Scoring = Literal["softmax", "sigmoid"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
 DType = Literal["bfloat16", "float32"]
 TokenLayout = Literal["dp", "dp_tp"]
-TransportName = Literal["local", "allgather"]
+TransportName = Literal["local", "allgather", "ragged", "padded"]
 
 SOURCES = ("gate", "logits", "ids")
 SCORINGS = ("softmax", "sigmoid")
@@ -24,7 +26,7 @@ UNGATED_ACTIVATIONS = ("silu", "gelu", "relu2")
 GATE_UP_LAYOUTS = ("concatenated", "interleaved")
 DTYPES = ("bfloat16", "float32")
 TOKEN_LAYOUTS = ("dp", "dp_tp")
-TRANSPORTS = ("local", "allgather")
+TRANSPORTS = tuple(CAPABILITIES)
 
 
 def _fail(owner: str, field: str, value: Any, allowed: str) -> None:
@@ -178,7 +180,9 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the layer is spread over a mesh with axes ("dp", "tp"). After construction nothing is None.
+    """How the layer is spread over a mesh with axes ("dp", "tp"), or over nodes with ("node", "local", "tp").
+
+    After construction `sequence_parallel` and `transport` are never None.
 
     Attributes:
       dp: data-parallel size: tokens are split over it.
@@ -186,7 +190,13 @@ class ParallelConfig:
       expert_parallel: experts are split over all dp * tp ranks, in blocks; else every rank has a part of each.
       sequence_parallel: each tp rank takes its own chunk of the tokens. None: derived, `ep > tp > 1`.
       token_layout: "dp": tokens are split over dp and equal over tp; "dp_tp": already split over both, in and out.
-      transport: what moves rows to experts. None: derived, "allgather" when ep > 1, else "local".
+      transport: what moves rows to experts. None: derived, "allgather" when ep > 1, else "local". `CAPABILITIES` says
+        which serves what.
+      nodes: groups of dp // nodes neighbouring dp ranks that a token enters once and fans out in; node = dp_index //
+        (dp // nodes). Only the transport and the names of the mesh axes depend on it.
+      capacity_factor: "padded" only. Slots from one rank to another, as a multiple of an even spread of the copies; what
+        does not fit is dropped and counted. None: room for all.
+      max_rows: "ragged" only. Received copies a rank accepts; the rest is dropped and counted. None: all.
     """
 
     dp: int = 1
@@ -195,6 +205,9 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
     token_layout: TokenLayout = "dp"
     transport: TransportName | None = None
+    nodes: int = 1
+    capacity_factor: float | None = None
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         _integer(self, "dp", 1)
@@ -213,10 +226,66 @@ class ParallelConfig:
             _fail("ParallelConfig", "sequence_parallel", True, "False with tp = 1: there is nothing to split over")
         if self.token_layout == "dp_tp" and not self.sequence_parallel:
             _fail("ParallelConfig", "token_layout", "dp_tp", "'dp' without sequence_parallel")
-        if self.transport == "allgather" and not self.expert_parallel:
-            _fail("ParallelConfig", "transport", "allgather", "'local' without expert_parallel")
-        if self.transport == "local" and self.ep > 1:
-            _fail("ParallelConfig", "transport", "local", f"'allgather' with experts split over {self.ep} ranks")
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        # Experts on one rank: there is nothing to move, and "local" says so.
+        unmoved = self.transport == "local" and self.ep == 1
+        if self.mode not in CAPABILITIES[str(self.transport)] and not unmoved:
+            allowed = " or ".join(repr(name) for name in serving(self.mode))
+            why = {
+                "local": f": experts are split over {self.ep} ranks, and it moves nothing",
+                "allgather": ": it needs expert_parallel",
+            }.get(str(self.transport), ": it needs expert_parallel, and sequence_parallel when tp > 1")
+            _fail("ParallelConfig", "transport", self.transport, f"{allowed} in mode {self.mode!r}{why}")
+        _integer(self, "nodes", 1)
+        if self.nodes > 1 and self.transport not in ACROSS_NODES:
+            able = " or ".join(repr(name) for name in sorted(ACROSS_NODES))
+            _fail("ParallelConfig", "nodes", self.nodes, f"1 with transport {self.transport!r}; {able} can cross nodes")
+        if self.dp % self.nodes:
+            _fail("ParallelConfig", "nodes", self.nodes, f"a divisor of dp = {self.dp}")
+        if self.capacity_factor is not None:
+            _number(self, "capacity_factor")
+            if self.transport != "padded":
+                other = f"None with transport {self.transport!r}; it belongs to 'padded'"
+                _fail("ParallelConfig", "capacity_factor", self.capacity_factor, other)
+            if not 0 < self.capacity_factor < float("inf"):
+                _fail("ParallelConfig", "capacity_factor", self.capacity_factor, "a positive, finite number")
+        if self.max_rows is not None:
+            _integer(self, "max_rows", 1)
+            if self.transport != "ragged":
+                other = f"None with transport {self.transport!r}; it belongs to 'ragged'"
+                _fail("ParallelConfig", "max_rows", self.max_rows, other)
+
+    @property
+    def dp_axes(self) -> tuple[str, ...]:
+        """Mesh axes that are the data-parallel axis together."""
+        return ("node", "local") if self.nodes > 1 else ("dp",)
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """All mesh axes; a rank's number is its index along them, flattened."""
+        return (*self.dp_axes, "tp")
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of each mesh axis, in order."""
+        dp = {"node": self.nodes, "local": self.dp // self.nodes} if self.nodes > 1 else {"dp": self.dp}
+        return {**dp, "tp": self.tp}
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Mesh axes that the rows of x are split over."""
+        return self.mesh_axes if self.native else self.dp_axes
+
+    @property
+    def mode(self) -> str:
+        """The parallel mode in words, one of `capabilities.MODES`."""
+        if not self.expert_parallel:
+            return "+".join(name for name, size in (("DP", self.dp), ("TP", self.tp)) if size > 1) or "single"
+        if self.sp:
+            return "EP+SP native" if self.native else "EP+SP"
+        return "EP, SP off" if self.tp > 1 else "DP+EP"
 
     @property
     def world(self) -> int:
@@ -255,6 +324,9 @@ def check(config: MoEConfig, parallel: ParallelConfig) -> None:
     Raises:
       ValueError: names the field that does not divide.
     """
+    if config.dtype not in TRANSPORT_DTYPES[str(parallel.transport)]:
+        allowed = f"one of {sorted(TRANSPORT_DTYPES[str(parallel.transport)])} with transport {parallel.transport!r}"
+        _fail("MoEConfig", "dtype", config.dtype, allowed)
     if config.num_experts % parallel.ep:
         _fail("MoEConfig", "num_experts", config.num_experts, f"a multiple of ep = {parallel.ep}")
     if config.intermediate_size % parallel.expert_tp:

@@ -30,7 +30,12 @@ from jax_moe.linear import linear
 from jax_moe.params import MoEParams, SharedParams
 from jax_moe.trace import Trace
 
-_TRANSPORTS = {"local": transport.local, "allgather": transport.allgather}
+_TRANSPORTS = {
+    "local": transport.local,
+    "allgather": transport.allgather,
+    "ragged": transport.ragged,
+    "padded": transport.padded,
+}
 
 
 def moe(
@@ -52,7 +57,7 @@ def moe(
     Args:
       params: from `shard` for the same config, parallel and mesh.
       x_TD: (T, D) in config.dtype. T = dp * t, split over "dp" and equal over "tp"; or, with token_layout "dp_tp",
-        T = dp * tp * t, split over both.
+        T = dp * tp * t, split over both. Where there are nodes, "dp" is the pair ("node", "local").
       config, parallel, mesh: static.
       router_logits: (T, E), when config.router.source is "logits"; lies as x does, like the two below.
       topk_ids: (T, K) integers, distinct within a token, when it is "ids". An id outside of [0, E) goes nowhere.
@@ -87,14 +92,14 @@ def moe(
     implementation = for_platform(implementation, mesh.devices.flat[0].platform)
     checks.implementation(implementation)
 
-    rows = PartitionSpec(sharding.AXES) if parallel.native else PartitionSpec("dp")
+    rows = PartitionSpec(parallel.token_axes)
     in_specs = (
         sharding.param_specs(config, parallel),
         rows,
         dict.fromkeys(given, rows),
         PartitionSpec(),
     )
-    out_specs = (rows, PartitionSpec(sharding.AXES)) if trace else rows
+    out_specs = (rows, PartitionSpec(parallel.mesh_axes)) if trace else rows
 
     def local(params: MoEParams, x_tD: Array, given: dict[str, Array], counts: Array | None) -> Any:
         return _forward(params, x_tD, given, counts, config, parallel, implementation, trace)
@@ -117,7 +122,7 @@ def moe_local(
     implementation: str | None = None,
     trace: bool = False,
 ) -> Any:
-    """The same layer inside the caller's own `shard_map`, over axes "dp" and "tp" at least, with one rank's arrays.
+    """The same layer inside the caller's own `shard_map`, over the axes of `parallel.mesh_axes` at least.
 
     Args:
       params: this rank's part: specs `param_specs(config, parallel)` on what `shard` returned.
@@ -131,7 +136,7 @@ def moe_local(
       y (t, D), laid out as x; with trace, (y, Trace).
 
     Raises:
-      ValueError: an argument that does not fit, or no axes "dp" and "tp" of the sizes in `parallel` around the call.
+      ValueError: an argument that does not fit, or no axes of the sizes in `parallel` around the call.
       NotImplementedError: an implementation that does not exist.
     """
     checks.axes(parallel)
@@ -228,8 +233,7 @@ def _forward(
 
 def _routing_rank(parallel: ParallelConfig) -> Array | int:
     """Which of the ranks that route different tokens this is."""
-    dp_index = jax.lax.axis_index("dp")
-    return dp_index * parallel.tp + jax.lax.axis_index("tp") if parallel.sp else dp_index
+    return jax.lax.axis_index(parallel.mesh_axes if parallel.sp else parallel.dp_axes)
 
 
 def _zero_padding(x: Array, real_c: Array | None) -> Array:
@@ -265,21 +269,20 @@ def _routed_experts(
     parallel: ParallelConfig,
     activation: Activation,
     implementation: str | None,
-) -> tuple[_Branch, transport.Handle]:
+) -> tuple[_Branch, transport.Handle | transport.HopsHandle]:
     """Dispatch, experts, combine; around them the latent's projections, which every rank has whole."""
     mover = _TRANSPORTS[str(parallel.transport)]
     num_local_experts = config.num_experts // parallel.ep
     first_expert: Array | int = 0
     if parallel.expert_parallel:
-        rank = jax.lax.axis_index("dp") * parallel.tp + jax.lax.axis_index("tp")
-        first_expert = (rank * num_local_experts).astype(jnp.int32)
+        first_expert = (jax.lax.axis_index(parallel.mesh_axes) * num_local_experts).astype(jnp.int32)
     x_cW = x_cD if params.latent is None else linear(x_cD, params.latent.down).astype(x_cD.dtype)
 
     rows_RW, handle = mover.dispatch(
         x_cW,
         ids_cK,
         weights_cK,
-        axes=gathered_axes(parallel),
+        **transport_options(parallel),
         first_expert=first_expert,
         num_local_experts=num_local_experts,
         weight_on_input=config.router.weight_on_input,
@@ -300,13 +303,27 @@ def _routed_experts(
 
 def token_axes(parallel: ParallelConfig) -> tuple[str, ...]:
     """Mesh axes of more than one rank over which tokens differ."""
-    sizes = {"dp": parallel.dp, "tp": parallel.tp if parallel.sp else 1}
-    return tuple(axis for axis, size in sizes.items() if size > 1)
+    return tuple(axis for axis, size in parallel.axis_sizes.items() if size > 1 and (axis != "tp" or parallel.sp))
 
 
 def gathered_axes(parallel: ParallelConfig) -> tuple[str, ...]:
     """Mesh axes of more than one rank over which tokens differ while experts are split: the transport's to cross."""
     return token_axes(parallel) if parallel.expert_parallel else ()
+
+
+def hop_axes(parallel: ParallelConfig) -> tuple[tuple[str, ...], ...]:
+    """The same axes, by hop: all at once, or first across nodes and then inside of one."""
+    axes = gathered_axes(parallel)
+    return (axes,) if parallel.nodes == 1 else (("node",), tuple(axis for axis in axes if axis != "node"))
+
+
+def transport_options(parallel: ParallelConfig) -> dict[str, Any]:
+    """What the transport's `dispatch` wants to know of the mesh."""
+    if parallel.transport == "ragged":
+        return {"hops": hop_axes(parallel), "max_rows": parallel.max_rows}
+    if parallel.transport == "padded":
+        return {"hops": hop_axes(parallel), "capacity_factor": parallel.capacity_factor}
+    return {"axes": gathered_axes(parallel)}
 
 
 def routed_partial_over(parallel: ParallelConfig) -> tuple[str, ...]:
@@ -332,12 +349,17 @@ def _make_trace(
     logits_cE: Array | None,
     ids_cK: Array,
     weights_cK: Array,
-    handle: transport.Handle,
+    handle: transport.Handle | transport.HopsHandle,
 ) -> Trace:
-    """This rank's `Trace`; the only collective is the sum of the load."""
+    """This rank's `Trace`. Collectives: the sum of the load, and where rows came by hops, their tokens' numbers likewise."""
     dense_nc = tokens.dense_index(tokens.real_counts(rows, counts, parallel), ids_cK.shape[0])
     mine_c = dense_nc[_routing_rank(parallel)]
-    planned = dense_nc.reshape(-1) if parallel.expert_parallel else mine_c
+    if isinstance(handle, transport.HopsHandle):
+        # 0 is what lies in an empty slot.
+        planned = transport.hops.carry(mine_c[:, None] + 1, handle)[:, 0] - 1
+        dropped = handle.dropped
+    else:
+        planned, dropped = dense_nc.reshape(-1) if parallel.expert_parallel else mine_c, jnp.zeros((), jnp.int32)
     plan = handle.plan
     chosen_E = jnp.zeros((config.num_experts,), jnp.int32).at[ids_cK.reshape(-1)].add(1, mode="drop")
     return Trace(
@@ -349,4 +371,5 @@ def _make_trace(
         row_token=jnp.where(plan.row_token_R < 0, -1, planned[plan.row_token_R]),
         row_slot=plan.row_slot_R,
         expert_load=reduce_partial(chosen_E, token_axes(parallel)),
+        dropped=dropped[None],
     )

@@ -21,11 +21,9 @@ from jax_moe._typing import Array
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.params import MoEParams
 
-AXES = ("dp", "tp")
-
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes the mesh the layer runs on, axes ("dp", "tp").
+    """Makes the mesh the layer runs on, axes `parallel.mesh_axes`.
 
     Args:
       parallel: sizes of the axes.
@@ -38,8 +36,8 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
     if len(devices) < parallel.world:
         need = f"dp * tp = {parallel.dp} * {parallel.tp} = {parallel.world}"
         raise ValueError(f"make_mesh: {len(devices)} devices: expected at least {need}")
-    grid = np.array(devices[: parallel.world]).reshape(parallel.dp, parallel.tp)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    grid = np.array(devices[: parallel.world]).reshape(tuple(parallel.axis_sizes.values()))
+    return Mesh(grid, parallel.mesh_axes, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def param_specs(config: MoEConfig, parallel: ParallelConfig) -> MoEParams:
@@ -51,7 +49,7 @@ def param_specs(config: MoEConfig, parallel: ParallelConfig) -> MoEParams:
     check(config, parallel)
     split = {}
     if parallel.expert_parallel:
-        split = {name: PartitionSpec(AXES) for name in ("gate_up", "down", "gate_up_bias", "down_bias")}
+        split = {name: PartitionSpec(parallel.mesh_axes) for name in ("gate_up", "down", "gate_up_bias", "down_bias")}
         split = {f"experts.{name}": spec for name, spec in split.items()}
     elif parallel.expert_tp > 1:
         split["experts.gate_up"] = PartitionSpec(None, "tp")
@@ -116,10 +114,10 @@ def unshard(params: MoEParams, config: MoEConfig) -> MoEParams:
 
 
 def check_mesh(parallel: ParallelConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless the mesh has axes "dp" and "tp" of the sizes in `parallel`."""
+    """Raises ValueError unless the mesh has the axes of `parallel`, of its sizes."""
     sizes = dict(mesh.shape)
-    if sizes != {"dp": parallel.dp, "tp": parallel.tp}:
-        raise ValueError(f"mesh has axes {sizes}: expected {{'dp': {parallel.dp}, 'tp': {parallel.tp}}}; see make_mesh")
+    if sizes != parallel.axis_sizes:
+        raise ValueError(f"mesh has axes {sizes}: expected {parallel.axis_sizes}; see make_mesh")
 
 
 def check_params(params: MoEParams, config: MoEConfig, parallel: ParallelConfig, *, local: bool = False) -> None:
@@ -138,7 +136,7 @@ def check_params(params: MoEParams, config: MoEConfig, parallel: ParallelConfig,
         missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
         raise ValueError(f"params: missing {missing or 'none'}, not used by this config {extra or 'none'}")
     specs = parameters.to_mapping(param_specs(config, parallel))
-    sizes = {"dp": parallel.dp, "tp": parallel.tp}
+    sizes = parallel.axis_sizes
     for name, (shape, dtype) in expected.items():
         if local:
             shape = _local_shape(shape, specs[name], sizes)

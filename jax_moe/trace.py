@@ -31,6 +31,8 @@ class Trace:
       row_token: (R,) int32 dense index of each row, -1 past the last.
       row_slot: (R,) int32 slot of each row, -1 past the last.
       expert_load: (E,) int32 real tokens of all ranks that chose each expert; the same on every rank.
+      dropped: (1,) int32 copies of tokens for which there was no room: of those this rank sent ("padded"), or of those
+        sent to it ("ragged"). They are in no other count but `expert_load`.
     """
 
     token_index: Int32[Array, " c"]
@@ -41,6 +43,7 @@ class Trace:
     row_token: Int32[Array, " R"]
     row_slot: Int32[Array, " R"]
     expert_load: Int32[Array, " E"]
+    dropped: Int32[Array, " 1"]
 
 
 def empty(config: MoEConfig, parallel: ParallelConfig) -> Trace:
@@ -57,4 +60,5 @@ def empty(config: MoEConfig, parallel: ParallelConfig) -> Trace:
         row_token=no_rows,
         row_slot=no_rows,
         expert_load=jnp.zeros((experts,), jnp.int32),
+        dropped=jnp.zeros((1,), jnp.int32),
     )

@@ -27,7 +27,7 @@ def dispatch(
     """See `base.Transport.dispatch`. Gathered tokens lie in rank order."""
     x_nW, ids_nK, weights_nK = x_tW, topk_ids_tK, topk_weights_tK
     if axes:
-        x_nW = jax.lax.all_gather(x_tW, axes, tiled=True)
+        x_nW = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), x_tW)
         # Ids ride along with the weights, so that there is one small collective; float32 holds them exactly to 2^24.
         routing_t2K = jnp.concatenate([topk_ids_tK.astype(jnp.float32), topk_weights_tK], axis=1)
         routing_n2K = jax.lax.all_gather(routing_t2K, axes, tiled=True)
@@ -44,4 +44,4 @@ def combine(y_RW: Float[Array, "R W"], handle: base.Handle) -> Float32[Array, "t
     y_nW = base.sum_rows(y_RW, handle)
     if not handle.axes:
         return y_nW
-    return jax.lax.psum_scatter(y_nW, handle.axes, scatter_dimension=0, tiled=True)
+    return jax.tree.map(lambda y: jax.lax.psum_scatter(y, handle.axes, scatter_dimension=0, tiled=True), y_nW)

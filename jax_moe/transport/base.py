@@ -5,6 +5,9 @@ per token, R rows on this rank.
 
 `dispatch` brings the rows of this rank's experts here, sorted by expert; `combine` returns each token's weighted sum to
 the rank the token came from. A handle is all that combine knows of dispatch.
+
+Wherever an array of tokens or rows is taken here, so is a pytree of them, all moved alike: a format sends values and their
+scales, and one that quantizes after dispatch sends no scales.
 """
 
 from __future__ import annotations
@@ -87,8 +90,10 @@ def take_rows(
     implementation: str | None,
 ) -> tuple[Float[Array, "R W"], Handle]:
     """The part of dispatch that moves nothing between ranks: rows by the plan, weighed if asked, and the handle."""
-    rows_RW = kernels.gather_rows(x_nW, plan.row_token_R, implementation=implementation)
+    rows_RW = jax.tree.map(lambda x: kernels.gather_rows(x, plan.row_token_R, implementation=implementation), x_nW)
     if weight_on_input:
+        if not isinstance(rows_RW, jax.Array):
+            raise ValueError("weight_on_input: expected one array of rows; a format of several weighs them itself")
         weight_R = weights_nK.at[plan.row_token_R, plan.row_slot_R].get()
         # Past the last row both indices are -1, which reads some weight; the rows are zeros already.
         rows_RW = (rows_RW.astype(jnp.float32) * weight_R[:, None]).astype(rows_RW.dtype)
@@ -98,4 +103,7 @@ def take_rows(
 
 def sum_rows(y_RW: Float[Array, "R W"], handle: Handle) -> Float32[Array, "n W"]:
     """The part of combine that moves nothing between ranks: weighted sums over the rows here, in float32."""
-    return kernels.combine_rows(y_RW, handle.plan.position_tK, handle.weights_nK, implementation=handle.implementation)
+    plan, implementation = handle.plan, handle.implementation
+    return jax.tree.map(
+        lambda y: kernels.combine_rows(y, plan.position_tK, handle.weights_nK, implementation=implementation), y_RW
+    )

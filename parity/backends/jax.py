@@ -102,7 +102,7 @@ class JaxBackend(Backend):
         house = self.house
         params = house.shard(_params(house, parameters(arrays)), config, parallel, mesh)
         blocks = token_blocks(case, arrays)
-        spec = PartitionSpec(("dp", "tp") if case.native else "dp")
+        spec = PartitionSpec(parallel.token_axes)
 
         def place(values: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
@@ -122,6 +122,7 @@ class JaxBackend(Backend):
         y, trace = jax.block_until_ready(step(params, x, inputs))
         first = _by_rank(y, mesh)
         fields = {name: _by_rank(getattr(trace, name), mesh) for name in TRACE_FIELDS}
+        dropped = _by_rank(trace.dropped, mesh)
         del trace
         again = _by_rank(jax.block_until_ready(step(params, x, inputs))[0], mesh)
         return {
@@ -129,6 +130,7 @@ class JaxBackend(Backend):
                 y=values.astype(np.float32),
                 y_dtype=str(y.dtype),
                 **{name: None if by_rank is None else by_rank[rank] for name, by_rank in fields.items()},
+                dropped=int(dropped[rank][0]),
                 repeat_equal=values.tobytes() == again[rank].tobytes(),
             )
             for rank, values in first.items()
