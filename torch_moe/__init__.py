@@ -7,6 +7,8 @@ from torch_moe.config import MoEConfig as MoEConfig
 from torch_moe.config import ParallelConfig as ParallelConfig
 from torch_moe.config import RouterConfig as RouterConfig
 from torch_moe.config import check as check
+from torch_moe.cost import Estimate as Estimate
+from torch_moe.cost import estimate as estimate
 from torch_moe.layer import MoE as MoE
 from torch_moe.mesh import make_mesh as make_mesh
 from torch_moe.params import init as init
