@@ -94,19 +94,17 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_every_file_a_page_names_exists(path):
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"https?://\S+", "", path.read_text(encoding="utf-8"))
     for name in re.findall(rf"\b(?:{'|'.join(ROOMS)})/[\w./-]*", text):
         name = name.rstrip(".")
-        vllms = f"{name}`) runs TP" in text  # a path in another project, said to be so
-        if PLACEHOLDER not in name and not vllms:
+        if PLACEHOLDER not in name:
             assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
 def test_every_page_is_in_the_navigation_and_nothing_comes_from_the_network():
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"[\w/]+\.md", settings))
-    own = {str(path.relative_to(DOCS)) for path in PAGES}
-    assert listed == own
+    assert listed == {str(path.relative_to(DOCS)) for path in PAGES}
     assert "font: false" in settings
     assert "http" not in settings
     assert not [path.name for path in PAGES if re.search(r"<(script|link|iframe)\b", path.read_text(encoding="utf-8"))]
@@ -129,18 +127,12 @@ def test_every_configuration_field_is_described(package):
     assert config_fields(package) <= code_words(page("notation.md"))
 
 
-def test_every_parameter_is_named_with_its_shape_as_the_houses_have_it():
-    pytest.importorskip("torch", reason="needs PyTorch")
-    import torch_moe
-    from torch_moe import params
-
-    router = torch_moe.RouterConfig(score_correction_bias=True)
-    config = torch_moe.MoEConfig(
-        num_experts=8, top_k=2, hidden_size=6, intermediate_size=10, num_shared_experts=1, shared_gate=True,
-        latent_size=4, expert_bias=True, router=router,
-    )  # fmt: skip
+@pytest.mark.parametrize("package", ["jax_moe", "torch_moe"])
+def test_every_parameter_of_a_checkpoint_is_named(package):
+    source = (ROOT / package / "params.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'"((?:experts|router|shared|latent)\.\w+)"', source))
     rows = table_rows(page("notation.md"), "name")[1:]
-    assert {word for row in rows for word in re.findall(r"`([^`]+)`", row[0])} == set(params.specs(config))
+    assert {word for row in rows for word in re.findall(r"`([^`]+)`", row[0])} == names
 
 
 def test_every_flag_option_format_and_transport_is_described():
@@ -173,8 +165,7 @@ def test_the_modes_in_the_table_are_those_of_their_ids():
     for mode, case, *_ in table_rows(page("parallelism.md"), "mode")[1:]:
         parallel = case.strip("`")
         transport = "allgather" if ".ep" in parallel else "local"
-        dp = int(parallel[2 : parallel.index(".")])
-        assert Case.parse(f"{parallel}/{transport}/bf16/t8.d8.f8/e8.k2").mode == mode, dp
+        assert Case.parse(f"{parallel}/{transport}/bf16/t8.d8.f8/e8.k2").mode == mode
 
 
 def test_ids_in_the_text_can_be_parsed():
