@@ -87,7 +87,13 @@ def take_rows(
     implementation: str | None,
 ) -> tuple[Float[Array, "R W"], Handle]:
     """The part of dispatch that moves nothing between ranks: rows by the plan, weighed if asked, and the handle."""
-    rows_RW = kernels.gather_rows(x_nW, plan.row_token_R, implementation=implementation)
+    rows_RW = kernels.gather_rows(
+        x_nW,
+        plan.row_token_R,
+        position_tK=plan.position_tK,
+        group_sizes_e=plan.group_sizes_e,
+        implementation=implementation,
+    )
     if weight_on_input:
         weight_R = weights_nK.at[plan.row_token_R, plan.row_slot_R].get()
         # Past the last row both indices are -1, which reads some weight; the rows are zeros already.
