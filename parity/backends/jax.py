@@ -46,6 +46,8 @@ class JaxBackend(Backend):
             os.environ.get("XLA_FLAGS", ""),
             f"--xla_force_host_platform_device_count={devices}",
             f"--xla_cpu_collective_call_terminate_timeout_seconds={STUCK_SECONDS}",
+            # programs of small cases are compiled more cheaply in one piece
+            "--xla_cpu_parallel_codegen_split_count=1",
         ]
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags).strip(), "JAX_ENABLE_X64": "0"}
 
