@@ -7,6 +7,7 @@ here imports JAX, and every class is hashable, so a configuration can be a stati
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jax_moe.capabilities import ACROSS_NODES, CAPABILITIES, TRANSPORT_DTYPES, serving
@@ -53,8 +54,8 @@ def _boolean(owner: Any, field: str) -> None:
 
 def _number(owner: Any, field: str) -> None:
     value = getattr(owner, field)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
-        _fail(type(owner).__name__, field, value, "a number")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        _fail(type(owner).__name__, field, value, "a finite number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,8 @@ class MoEConfig:
             _boolean(self, field)
         for field in ("swiglu_alpha", "swiglu_limit"):
             _number(self, field)
+        if self.swiglu_limit <= 0:
+            _fail("MoEConfig", "swiglu_limit", self.swiglu_limit, "more than 0")
         _one_of(self, "activation", GATED_ACTIVATIONS if self.gated else UNGATED_ACTIVATIONS)
         _one_of(self, "gate_up_layout", GATE_UP_LAYOUTS)
         _one_of(self, "dtype", DTYPES)

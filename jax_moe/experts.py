@@ -40,7 +40,8 @@ def gate_up(
     Returns:
       h (R, F) in the dtype of the rows; zeros past the last row.
     """
-    if kernels.chosen("gate_up", implementation) == "reference":
+    operands = (rows_RW, params.gate_up, group_sizes_e, activation, params.gate_up_bias)
+    if kernels.chosen("gate_up", implementation, *operands) == "reference":
         # In two steps, so that the activation stays a stage of its own where no kernel fuses it.
         gate_up_RM = kernels.grouped_matmul(
             rows_RW,
@@ -48,7 +49,7 @@ def gate_up(
             group_sizes_e,
             bias_eN=params.gate_up_bias,
             out_dtype=jnp.float32,
-            implementation=implementation,
+            implementation="reference",
         )
         return activate(gate_up_RM, activation).astype(rows_RW.dtype)
     return kernels.gate_up(

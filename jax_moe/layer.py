@@ -218,7 +218,7 @@ def _forward(
         real_c = jnp.arange(x_tD.shape[0], dtype=jnp.int32) < counts_n[_routing_rank(parallel)]
     x_cD = _zero_padding(x_tD, real_c)
 
-    logits_cE, ids_cK, weights_cK = _route(params, x_cD, given, real_c, config)
+    logits_cE, ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, implementation)
     routed, handle = _routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation)
     branches = [routed]
     if params.shared is not None:
@@ -242,7 +242,12 @@ def _zero_padding(x: Array, real_c: Array | None) -> Array:
 
 
 def _route(
-    params: MoEParams, x_cD: Array, given: dict[str, Array], real_c: Array | None, config: MoEConfig
+    params: MoEParams,
+    x_cD: Array,
+    given: dict[str, Array],
+    real_c: Array | None,
+    config: MoEConfig,
+    implementation: str | None,
 ) -> tuple[Array | None, Array, Array]:
     """Logits (None when ids were given), ids and weights. Padding goes nowhere: id E, weight zero."""
     logits_cE = None
@@ -254,7 +259,9 @@ def _route(
             logits_cE = router.compute_logits(x_cD, params.router.gate)
         else:
             logits_cE = _zero_padding(given["router_logits"].astype(jnp.float32), real_c)
-        ids_cK, weights_cK = router.route(logits_cE, params.router.bias, router=config.router, top_k=config.top_k)
+        ids_cK, weights_cK = router.route(
+            logits_cE, params.router.bias, router=config.router, top_k=config.top_k, implementation=implementation
+        )
     if real_c is not None:
         ids_cK = jnp.where(real_c[:, None], ids_cK, config.num_experts)
     return logits_cE, ids_cK, _zero_padding(weights_cK, real_c)

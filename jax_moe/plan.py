@@ -19,6 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jax_moe import kernels
 from jax_moe._typing import Array, Int, Int32
 
 
@@ -45,7 +46,13 @@ def rows_bound(num_tokens: int, top_k: int, num_local_experts: int) -> int:
     return num_tokens * min(top_k, num_local_experts)
 
 
-def make_plan(topk_ids_tK: Int[Array, "t K"], *, first_expert: Int32[Array, ""] | int, num_local_experts: int) -> Plan:
+def make_plan(
+    topk_ids_tK: Int[Array, "t K"],
+    *,
+    first_expert: Int32[Array, ""] | int,
+    num_local_experts: int,
+    implementation: str | None = None,
+) -> Plan:
     """Sorts the pairs whose expert is here by expert, then token, then slot.
 
     Args:
@@ -53,26 +60,23 @@ def make_plan(topk_ids_tK: Int[Array, "t K"], *, first_expert: Int32[Array, ""] 
         the sentinel E, -1) have no row.
       first_expert: first of this rank's experts; may be traced.
       num_local_experts: e.
+      implementation: of the kernels.
 
     Returns:
       A `Plan` with R = t * min(K, e).
     """
     t, top_k = topk_ids_tK.shape
     num_pairs, rows = t * top_k, rows_bound(t, top_k, num_local_experts)
-    local_tK = topk_ids_tK.astype(jnp.int32) - first_expert
-    here_tK = (local_tK >= 0) & (local_tK < num_local_experts)
-    # Pairs that are not here share one key that sorts last and is in no group.
-    key = jnp.where(here_tK, local_tK, num_local_experts).reshape(num_pairs)
-    group_sizes_e = jnp.zeros((num_local_experts,), jnp.int32).at[key].add(1, mode="drop")
-    # A stable sort by expert alone leaves pairs in order of token, then slot.
-    pair = jnp.argsort(key, stable=True).astype(jnp.int32)
-    row = jnp.arange(num_pairs, dtype=jnp.int32)
-    is_row = row < jnp.sum(group_sizes_e)
-    position = jnp.zeros_like(row).at[pair].set(jnp.where(is_row, row, -1), unique_indices=True)
-    pair_R, is_row_R = pair[:rows], is_row[:rows]
+    position_tK, group_sizes_e = kernels.plan_rows(
+        topk_ids_tK, first_expert, num_local_experts=num_local_experts, implementation=implementation
+    )
+    # The same map from the side of the rows. Pairs without a row are dropped: R is out of range.
+    target = jnp.where(position_tK >= 0, position_tK, rows).reshape(num_pairs)
+    pair = jnp.arange(num_pairs, dtype=jnp.int32)
+    pair_R = jnp.full((rows,), -1, jnp.int32).at[target].set(pair, mode="drop")
     return Plan(
         group_sizes_e=group_sizes_e,
-        row_token_R=jnp.where(is_row_R, pair_R // top_k, -1),
-        row_slot_R=jnp.where(is_row_R, pair_R % top_k, -1),
-        position_tK=position.reshape(t, top_k),
+        row_token_R=jnp.where(pair_R >= 0, pair_R // top_k, -1),
+        row_slot_R=jnp.where(pair_R >= 0, pair_R % top_k, -1),
+        position_tK=position_tK,
     )

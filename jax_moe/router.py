@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jax_moe import kernels
 from jax_moe._typing import Array, Float, Float32, Int32
 from jax_moe.config import RouterConfig
 from jax_moe.linear import linear
@@ -29,7 +30,12 @@ def compute_logits(x_tD: Float[Array, "t D"], gate_ED: Float[Array, "E D"]) -> F
 
 
 def route(
-    logits_tE: Float[Array, "t E"], bias_E: Float32[Array, " E"] | None, *, router: RouterConfig, top_k: int
+    logits_tE: Float[Array, "t E"],
+    bias_E: Float32[Array, " E"] | None,
+    *,
+    router: RouterConfig,
+    top_k: int,
+    implementation: str | None = None,
 ) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
     """Chooses experts and weighs them.
 
@@ -42,6 +48,7 @@ def route(
       bias_E: (E,) float32 score correction, or None.
       router: see `RouterConfig`.
       top_k: K.
+      implementation: of the kernels; with groups there is one in plain JAX alone.
 
     Returns:
       ids (t, K) int32, best first, and weights (t, K) float32. No gradient flows through the choice.
@@ -53,12 +60,21 @@ def route(
       [[1, 2]]
     """
     logits_tE = logits_tE.astype(jnp.float32)
+    if router.num_groups == 1:
+        return kernels.choose_experts(
+            logits_tE,
+            bias_E,
+            top_k=top_k,
+            scoring=router.scoring,
+            renormalize=router.renormalize,
+            scaling=router.scaling_factor,
+            implementation=implementation,
+        )
     scores_tE = jax.nn.softmax(logits_tE, axis=-1) if router.scoring == "softmax" else jax.nn.sigmoid(logits_tE)
     selection_tE = jax.lax.stop_gradient(scores_tE)
     if bias_E is not None:
         selection_tE = selection_tE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))
-    if router.num_groups > 1:
-        selection_tE = keep_groups(selection_tE, router.num_groups, router.groups_kept, top_two=bias_E is not None)
+    selection_tE = keep_groups(selection_tE, router.num_groups, router.groups_kept, top_two=bias_E is not None)
     ids_tK = jax.lax.top_k(selection_tE, top_k)[1].astype(jnp.int32)
     weights_tK = jnp.take_along_axis(scores_tE, ids_tK, axis=-1)
     if router.renormalize:

@@ -140,8 +140,10 @@ def _tokens(
     wanted, rng = case.total_tokens, _rng(case, "tokens")
     pool = 2 * wanted + 64
     x = rng.standard_normal((pool, case.hidden), np.float32)
-    gate = rng.standard_normal((case.experts, case.hidden), np.float32) * case.hidden**-0.5
-    logits = rng.standard_normal((pool, case.experts), np.float32)
+    # a weight on the input enters an expert twice or more (gate times up), so the chosen weights must be closer
+    logit_rms = 0.3 if case.flags.weightin else 1.0
+    gate = rng.standard_normal((case.experts, case.hidden), np.float32) * (logit_rms * case.hidden**-0.5)
+    logits = rng.standard_normal((pool, case.experts), np.float32) * np.float32(logit_rms)
     if case.flags.mean:
         x += np.float32(0.5)
     if case.flags.hot:  # K experts that every token prefers by far

@@ -24,7 +24,7 @@ from pathlib import Path
 from parity.case import Case, CaseError
 
 PRODUCT_KEYS = ("parallel", "transport", "format", "sizes", "routing", "flags")
-OPTIONAL_KEYS = {"flags": ("",), "transport": (None,)}
+OPTIONAL_KEYS: dict[str, tuple] = {"flags": ("",), "transport": (None,)}
 
 
 class GridError(ValueError):
@@ -114,7 +114,7 @@ def product(parts: Mapping[str, Sequence]) -> list[Case]:
     Raises:
       CaseError: a combination cannot be built.
     """
-    values = [parts.get(key, OPTIONAL_KEYS.get(key)) for key in PRODUCT_KEYS]
+    values = [parts[key] if key in parts else OPTIONAL_KEYS[key] for key in PRODUCT_KEYS]
     out = []
     for parallel, transport, fmt, sizes, routing, flags in itertools.product(*values):
         moved = transport or ("allgather" if ".ep" in parallel else "local")

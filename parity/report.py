@@ -65,6 +65,8 @@ def final_table(console: Console, cases: Sequence[Case], outcomes: Mapping[str, 
             verdict = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
             table.add_row(escape(outcome.case), verdict, _number(margin(outcome)), escape(outcome.reason))
         console.print(table)
+    # not the table's title, which would wrap at the table's width
+    console.print("passed of total, and the largest error over its bound", style="italic")
     console.print(_summary_table(cases, outcomes))
     tally = counts(outcomes.values())
     words = [f"[{COLOURS[name]}]{count} {name}[/]" for name, count in tally.items() if count]
@@ -74,7 +76,7 @@ def final_table(console: Console, cases: Sequence[Case], outcomes: Mapping[str, 
 
 def _summary_table(cases: Sequence[Case], outcomes: Mapping[str, Outcome]) -> Table:
     """Mode × format: passed of total, and the worst margin (error over bound)."""
-    table = Table(title="passed of total, and the largest error over its bound", title_justify="left")
+    table = Table()
     table.add_column("parallel mode")
     formats = [fmt for fmt in FORMATS if any(case.format == fmt for case in cases)]
     for fmt in formats:

@@ -98,8 +98,11 @@ class Session:
         try:
             for backend in backends:
                 pools.append((backend, self.pools.get(backend, case), self._folder(backend)))
+            # All are up before any is asked, or one's start would count against the other's time.
             for index, (backend, pool, out) in enumerate(pools):
-                pools[index] = (backend, self._submit(backend, pool, case, arrays, out, mutation), out)
+                pools[index] = (backend, self._started(backend, pool, case), out)
+            for _, pool, out in pools:
+                pool.submit(case, arrays, out, mutation)
             reference = self._reference(case, arrays)
             results = {}
             for backend, pool, out in pools:
@@ -110,16 +113,8 @@ class Session:
             raise
         return results, reference
 
-    def _submit(
-        self,
-        backend: Backend,
-        pool: Pool,
-        case: Case,
-        arrays: Mapping[str, ArrayRef],
-        out: Path,
-        mutation: str | None,
-    ) -> Pool:
-        """Submit, starting the pool; a pool that never gets going is infrastructure, not a case's error."""
+    def _started(self, backend: Backend, pool: Pool, case: Case) -> Pool:
+        """Wait for a pool to be up; one that never gets going is infrastructure, not a case's error."""
         try:
             pool.wait_ready()
         except InfrastructureError:
@@ -138,7 +133,6 @@ class Session:
                 ) from error
             raise
         self._failed_starts = 0
-        pool.submit(case, arrays, out, mutation)
         return pool
 
     def _settle(self, pools: Sequence[Pool], wait: bool) -> None:

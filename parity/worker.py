@@ -86,6 +86,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def log(text: str) -> None:
+    """Write to the log; a disk without room for it must not be the end of a rank."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, so that workers of other cases have room."""
     gc.collect()
@@ -109,7 +115,7 @@ def planted(backend: Backend, mutation: str | None) -> Iterator[None]:
 def serve(backend: Backend, request: dict, channel: Channel) -> None:
     """Run one case and save its results; report what happened either way."""
     number, began = request["id"], time.monotonic()
-    print(f"--- case {request['case']}" + (f" with {request['mutation']} planted" if request["mutation"] else ""))
+    log(f"--- case {request['case']}" + (f" with {request['mutation']} planted" if request["mutation"] else ""))
     channel.send("started", id=number)
     try:
         case = Case.parse(request["case"])
@@ -128,7 +134,7 @@ def serve(backend: Backend, request: dict, channel: Channel) -> None:
 def report_failure(channel: Channel, number: int, error: BaseException) -> None:
     """Send an exception to the command, and its traceback to the log too."""
     text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr, flush=True)
+    log(text)
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()
     storage = isinstance(error, OSError) and error.errno in STORAGE_ERRORS
     channel.send("failed", id=number, error=lines[0] if lines else repr(error), traceback=text, storage=storage)

@@ -51,7 +51,7 @@ def specs(config: MoEConfig) -> dict[str, ParamSpec]:
     if latent is not None:
         shapes |= {"latent.down": (latent, hidden), "latent.up": (hidden, latent)}
     found = {name: ParamSpec(shape=shape, dtype=DTYPES[config.dtype]) for name, shape in shapes.items()}
-    if config.router.score_correction_bias:
+    if config.router.score_correction_bias and config.router.source != "ids":
         found["router.bias"] = ParamSpec(shape=(experts,), dtype=torch.float32)
     return found
 

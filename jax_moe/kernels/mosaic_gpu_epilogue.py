@@ -15,7 +15,7 @@ except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dial
 def erfc(x: jax.Array) -> jax.Array:
     """The complementary error function with a relative error of 1.2e-7 (Numerical Recipes, erfcc).
 
-    The relative bound matters: gelu of a large negative number is a small one, and must not drown in the error of 1 + erf.
+    The relative bound matters: gelu of a large negative number is small, and must not drown in the error of 1 + erf.
     """
     z = jnp.abs(x)
     t = 1.0 / (1.0 + 0.5 * z)
@@ -86,7 +86,7 @@ def _pairs(array):
 
 def _address(ref, row, column) -> "ir.Value":
     strides, offset = ir.MemRefType(ref.type).get_strides_and_offset()
-    assert offset == 0 and strides[1] == 1, (strides, offset)
+    assert (offset, strides[1]) == (0, 1), (strides, offset)
     index = arith.addi(arith.muli(_i64(row), _i64(strides[0])), _i64(column))
     base = mgpu_utils.memref_ptr(ref)
     return mgpu_utils.getelementptr(base, [index], ir.MemRefType(ref.type).element_type)
@@ -96,7 +96,7 @@ SPLAT = plgpu.Layout.WG_SPLAT(())
 
 
 def store_rows(array, out_ref, row, rows, column) -> None:
-    """Writes the first `rows` rows of `array` to `out_ref[row:, column:]`, 4 bytes a lane; columns past its edge are left.
+    """Writes the first `rows` rows of `array` to `out_ref[row:, column:]`, 4 bytes a lane; columns past its edge stay.
 
     Args:
       array: (64, C) bfloat16 in WGMMA layout.

@@ -2,11 +2,11 @@
 
 Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
 
-One CTA an SM walks a work list of output tiles (schedule.py). Its last warpgroup loads operands through TMA into a ring of
-shared-memory stages and runs ahead across tiles; the two others multiply. A gated tile multiplies a tile of gate rows and
-the tile of the matching up rows of the weights into one accumulator, side by side, and stores only their activated
-product. Gate and up rows are addressed through a view of the weights with one more axis, so both checkpoint layouts
-(concatenated, interleaved) cost the same.
+One CTA an SM walks a work list of output tiles (schedule.py). Its last warpgroup loads operands through TMA into a
+ring of shared-memory stages and runs ahead across tiles; the two others multiply. A gated tile multiplies a tile of
+gate rows and the tile of the matching up rows of the weights into one accumulator, side by side, and stores only their
+activated product. Gate and up rows are addressed through a view of the weights with one more axis, so both checkpoint
+layouts (concatenated, interleaved) cost the same.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic_gpu_epilogue as epilogue
-from .schedule import FIELDS, make_schedule
+from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels.schedule import FIELDS, make_schedule
 
 DEPTH = 64  # columns of bfloat16 in the 128 bytes of one swizzle atom
 
@@ -29,26 +29,25 @@ class Tile:
     """Shape of a CTA's tile and of its pipeline.
 
     Attributes:
-      split: how the two multiplying warpgroups share a tile: "rows", 128 x 256 as two of 64 x 256, or "columns", 64 x 256 as
-        two of 64 x 128. A gated tile's 256 columns are 128 gate and 128 up columns.
+      rows: 128, which two warpgroups share as 64 rows each, or 64, which they share as columns. A tile is 256 rows of
+        weights wide; a gated one has 128 of gate and 128 of up.
       stages: stages of the ring of operands.
       band: tiles of rows that are walked together before the next column of weights.
+      pair: two CTAs of a cluster take neighbouring columns and load their common rows once, by multicast.
     """
 
-    split: str = "rows"
+    rows: int = 128
     stages: int = 4
     band: int = 16
-
-    @property
-    def rows(self) -> int:
-        return 128 if self.split == "rows" else 64
+    pair: bool = False
 
 
 def operand_memory(shape, dtype, *, interpret: bool):
     """Shared memory for (..., rows, DEPTH) operands, seen two ways: by TMA as rows, by wgmma as tiles of eight rows.
 
-    Both views are the same bytes in the same swizzle. A copy into the tiled view would need every dimension of the array in
-    global memory to be a multiple of its tile; a box of plain rows is cut off at the array's edges and padded with zeros.
+    Both views are the same bytes in the same swizzle. A copy into the tiled view would need every dimension of the
+    array in global memory to be a multiple of its tile; a box of plain rows is cut off at the array's edges and padded
+    with zeros.
     """
     swizzle = plgpu.SwizzleTransform(128)
     tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, DEPTH)), swizzle))
@@ -80,7 +79,10 @@ def _cdiv(a, b):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One tile: its expert, first row, rows that are its own (or a whole tile of them), and column tile."""
+    """One tile: its expert, first row, rows that are its own (or a whole tile of them), column tile.
+
+    `zeros` says that it lies past the last group.
+    """
 
     expert: jax.Array
     row: jax.Array
@@ -90,6 +92,7 @@ class Work:
 
 
 def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int) -> Work:
+    """Item number `linear` of the work list: experts, then bands of row tiles, then columns, then rows in the band."""
     at = lax.div(linear, jnp.int32(column_tiles)) * FIELDS
     expert, first, tiles = schedule_ref[at], schedule_ref[at + 1], schedule_ref[at + 2]
     start, size = schedule_ref[at + 3], schedule_ref[at + 4]
@@ -98,9 +101,8 @@ def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: in
     height = jnp.minimum(tiles - band_index * band, band)
     local = local - band_index * (band * column_tiles)
     column = lax.div(local, height)
-    row_tile = band_index * band + lax.rem(local, height)
+    row = (band_index * band + lax.rem(local, height)) * tile
     zeros = expert == experts
-    row = row_tile * tile
     rows = jnp.minimum(jnp.where(zeros, size - row, size), tile)
     row = jnp.where(zeros, row, jnp.maximum(jnp.minimum(row, size - tile), 0)) + start
     return Work(jnp.minimum(expert, experts - 1), row, rows, column, zeros)
@@ -124,21 +126,25 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
     gated = activation is not None and activation.gated
     layout = activation.layout if gated else None
-    by_rows = tile.split == "rows"
-    wg_columns = 256 if by_rows else 128  # accumulator columns of one warpgroup
-    wg_out = wg_columns // 2 if gated else wg_columns
-    out_columns = wg_out if by_rows else 2 * wg_out
+    parts = 2 if gated else 1
+    out_columns = 256 // parts  # of a CTA's tile
     depth, columns = x_ref.shape[1], out_ref.shape[1]
     k_tiles = -(-depth // DEPTH)
     column_tiles = -(-columns // out_columns)
     stages = tile.stages
 
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    if tile.pair:
+        column_tiles = -(-column_tiles // 2)
     items = schedule_ref[5] * column_tiles
     trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
-    find = functools.partial(
+    find_item = functools.partial(
         find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band
     )
+
+    def find(linear):
+        work = find_item(linear)
+        return dataclasses.replace(work, column=2 * work.column + lax.axis_index("cta")) if tile.pair else work
 
     @pl.when(wg == 2)
     def _load():
@@ -154,16 +160,13 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)], x_load.at[slot], full.at[slot]
-                )
-                column = work.column * out_columns
-                # Each piece is as wide as a warpgroup's share, so that its gate and up columns lie side by side.
-                pieces = [(g, p) for g in range(1 if by_rows else 2) for p in range(2 if gated else 1)]
-                for i, (g, part) in enumerate(pieces):
+                source = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
+                together = "cta" if tile.pair else None
+                plgpu.copy_gmem_to_smem(source, x_load.at[slot], full.at[slot], collective_axes=together)
+                for part in range(parts):
                     plgpu.copy_gmem_to_smem(
-                        weight_tile(w_ref, work.expert, part, column + g * wg_out, wg_out, k, layout),
-                        w_load.at[slot, pl.ds(i * wg_out, wg_out)],
+                        weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
+                        w_load.at[slot, pl.ds(part * out_columns, out_columns)],
                         full.at[slot],
                     )
                 return step + 1
@@ -181,87 +184,82 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     @pl.when(wg < 2)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
-        a_rows = pl.ds(wg * 64, 64) if by_rows else pl.ds(0, 64)
-        b_rows = pl.ds(0, 256) if by_rows else pl.ds(wg * 128, 128)
 
-        def store_tile(value, work, row, column):
-            """Through shared memory, 64 columns at a time, for 64 whole rows."""
-            for c in range(wg_out // 64):
+        def store_tile(value, row, column, width):
+            """64 whole rows through shared memory, 64 columns at a time; zeros where there is no value."""
+            for c in range(width // 64):
+                if value is None:
+                    block = plgpu.layout_cast(jnp.full((64, 64), 0.0, out_ref.dtype), plgpu.Layout.WGMMA)
+                else:
+                    block = value[:, c * 64 : (c + 1) * 64]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                block = value if isinstance(value, float) else value[:, c * 64 : (c + 1) * 64]
-                if isinstance(value, float):
-                    block = plgpu.layout_cast(jnp.full((64, 64), value, out_ref.dtype), plgpu.Layout.WGMMA)
                 out_smem[wg, c % 2] = block
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_store.at[wg, c % 2], out_ref.at[pl.ds(row, 64), pl.ds(column + c * 64, 64)])
+                target = out_ref.at[pl.ds(row, 64), pl.ds(column + c * 64, 64)]
+                plgpu.copy_smem_to_gmem(out_store.at[wg, c % 2], target)
 
-        def item(i, step):
-            work = find(sm + i * sms)
-            row = work.row + (wg * 64 if by_rows else 0)
-            column = work.column * out_columns + (0 if by_rows else wg * wg_out)
+        def matmul(work, step):
+            """This warpgroup's share of a tile: rows of it, or, where the tile is only 64 rows high, columns."""
+            half = tile.rows == 64
+            width = out_columns // 2 if half else out_columns
+            row = work.row if half else work.row + wg * 64
+            rows = jnp.minimum(work.rows - (row - work.row), 64)
+            column = work.column * out_columns + (wg * width if half else 0)
+            a_rows = pl.ds(0, 64) if half else pl.ds(wg * 64, 64)
+            # With 128 rows gate and up are one operand, side by side; a share of 64 rows finds its own in two places.
+            if half:
+                b_rows = [pl.ds(part * out_columns + wg * width, width) for part in range(parts)]
+            else:
+                b_rows = [pl.ds(0, 256)]
 
-            @pl.when(work.zeros)
-            def _zeros():
-                store_tile(0.0, work, row, column)
+            def multiply(*accs):
+                def mma(k, carry):
+                    slot = lax.rem(step + k, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    for acc, b in zip(accs, b_rows, strict=True):
+                        plgpu.wgmma(acc, x_smem.at[slot, a_rows], transposed(w_smem.at[slot, b]))
+                    return carry
 
-            @pl.when(jnp.logical_not(work.zeros))
-            def _matmul():
-                def multiply(acc):
-                    def mma(k, carry):
-                        slot = lax.rem(step + k, jnp.int32(stages))
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_smem.at[slot, a_rows], transposed(w_smem.at[slot, b_rows]))
-                        return carry
+                def steady(k, carry):
+                    mma(k, carry)
+                    plgpu.wgmma_wait(len(accs))  # the multiplications before these have read their stage
+                    plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
+                    return carry
 
-                    def steady(k, carry):
-                        mma(k, carry)
-                        plgpu.wgmma_wait(1)  # the multiplication before this one has read its stage
-                        plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
-                        return carry
+                mma(0, None)
+                lax.fori_loop(1, k_tiles, steady, None)
+                return tuple(acc[...] for acc in accs)
 
-                    mma(0, None)
-                    lax.fori_loop(1, k_tiles, steady, None)
-                    return acc[...]
+            values = pl.run_scoped(multiply, *[plgpu.ACC((64, b.size), jnp.float32) for b in b_rows])
+            plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
+            if gated and not half:
+                values = (values[0][:, :width], values[0][:, width:])
+            values = list(values)
+            if has_bias:
+                for part in range(parts):
+                    source = bias_ref.at[work.expert, part, pl.ds(column, width)]
+                    bias = plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    values[part] += lax.broadcast_in_dim(bias, (64, width), (1,))
+            value = values[0]
+            if activation is not None:
+                value = epilogue.activate(activation, values[0], values[1] if gated else None)
+            value = value.astype(out_ref.dtype)
+            whole = work.rows == (64 if half else 128)
 
-                value = pl.run_scoped(multiply, plgpu.ACC((64, wg_columns), jnp.float32))
-                plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
-                if gated:
-                    parts = [value[:, :wg_out], value[:, wg_out:]]
+            @pl.when(whole)
+            def _():
+                store_tile(value, row, column, width)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                if interpret:
+                    store_by_row(value, row, rows, column, width)
                 else:
-                    parts = [value]
-                if has_bias:
-                    for p in range(len(parts)):
-                        bias = plgpu.load(
-                            bias_ref.at[work.expert, p, pl.ds(column, wg_out)],
-                            layout=plgpu.Layout.WGMMA.reduce(0),
-                            optimized=False,
-                        )
-                        parts[p] += lax.broadcast_in_dim(bias.astype(jnp.float32), (64, wg_out), (1,))
-                if activation is not None:
-                    value = epilogue.activate(activation, parts[0], parts[1] if gated else None)
-                else:
-                    value = parts[0]
-                value = value.astype(out_ref.dtype)
-                whole = work.rows == tile.rows
+                    epilogue.store_rows(value, out_ref, row, rows, column)
 
-                @pl.when(whole)
-                def _():
-                    store_tile(value, work, row, column)
-
-                @pl.when(jnp.logical_not(whole))
-                def _():
-                    rows = jnp.minimum(work.rows - (row - work.row), 64)
-                    if interpret:
-                        store_tile_by_row(value, row, rows, column)
-                    else:
-                        epilogue.store_rows(value, out_ref, row, rows, column)
-
-            return step + jnp.where(work.zeros, 0, k_tiles)
-
-        def store_tile_by_row(value, row, rows, column):
-            for c in range(wg_out // 64):
+        def store_by_row(value, row, rows, column, columns_of_value):
+            for c in range(columns_of_value // 64):
                 out_smem[wg, c % 2] = value[:, c * 64 : (c + 1) * 64]
-
                 for width in {64, columns % 64} - {0}:  # the interpreter has no masked store
                     edge = column + c * 64 + 64 > columns
 
@@ -272,6 +270,23 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                             return carry
 
                         lax.fori_loop(0, rows, store, None)
+
+        def item(i, step):
+            work = find(sm + i * sms)
+
+            @pl.when(work.zeros)
+            def _():
+                if tile.rows == 128:
+                    store_tile(None, work.row + wg * 64, work.column * out_columns, out_columns)
+                else:
+                    width = out_columns // 2
+                    store_tile(None, work.row, work.column * out_columns + wg * width, width)
+
+            @pl.when(jnp.logical_not(work.zeros))
+            def _():
+                matmul(work, step)
+
+            return step + jnp.where(work.zeros, 0, k_tiles)
 
         lax.fori_loop(0, trips, item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -315,13 +330,12 @@ def grouped_matmul(
         if gated and activation.layout != "concatenated":
             bias = bias.transpose(0, 2, 1)
         operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
-    sms = sm_count() if interpret is None else 2
+    sms = (sm_count() // 2 if tile.pair else sm_count()) if interpret is None else 2
     body = functools.partial(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
         interpret=interpret is not None,
     )  # fmt: skip
     body.__name__ = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
-    pieces = (1 if tile.split == "rows" else 2) * (2 if gated else 1)
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     return plgpu.kernel(
         body,
@@ -330,11 +344,15 @@ def grouped_matmul(
             memory((tile.stages, tile.rows, DEPTH)),
             memory((tile.stages, 256, DEPTH)),
             memory((2, 2, 64, DEPTH)),
-            plgpu.Barrier(num_arrivals=1 + pieces, num_barriers=tile.stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
+            # A stage of a pair is free when all four warpgroups have read it: a multicast writes to both CTAs.
+            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=2, num_barriers=tile.stages)
+            if tile.pair
+            else plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         ],
         grid=(sms,),
         grid_names=("sm",),
+        **({"cluster": (2,), "cluster_names": ("cta",)} if tile.pair else {}),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,

@@ -2,9 +2,10 @@
 
 Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
 
-With 1 to 64 rows an expert the work is to read the weights once. A tile is 128 rows of weights (gated: 64 gate rows and the
-64 up rows that go with them) times 8 to 128 tokens, so tokens waste no more than a multiple of 8, and even one token spreads
-over as many CTAs as there are tiles of weights. One warpgroup keeps up to 200 KB of loads in flight, another multiplies.
+With few rows an expert the work is to read the weights once. A tile is 128 rows of weights (gated: 64 gate rows and the
+64 up rows that go with them) times 8 to 128 tokens, so tokens waste no more than a multiple of 8, and even one token
+spreads over as many CTAs as there are tiles of weights. One warpgroup keeps up to 210 KB of loads in flight, another
+multiplies.
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic_gpu_epilogue as epilogue
-from .mosaic_gpu_grouped_matmul import DEPTH, find_work, operand_memory, sm_count, transposed, views
+from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels.mosaic_gpu_grouped_matmul import DEPTH, find_work, operand_memory, sm_count, transposed, views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

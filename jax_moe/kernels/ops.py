@@ -4,33 +4,72 @@ Rows are sorted by group; group g is the rows from sum(group_sizes[:g]) on. Exam
 rows 0 and 1 are group 0's, row 2 is group 2's, rows 3 and 4 are past the end.
 
 Shape suffixes: R rows, e groups (local experts), D depth, N outputs, M rows of the first projection (2F gated, F not),
-F expert intermediate size, t tokens, K experts per token.
+F expert intermediate size, t tokens, K experts per token, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 
-from jax_moe._typing import Array, Float, Float32, Int
+from jax_moe._typing import Array, Float, Float32, Int, Int32
 from jax_moe.activation import Activation
-from jax_moe.kernels import reference
-from jax_moe.kernels.choice import choose
+from jax_moe.kernels import choice, hopper, reference
 
 # The one table of what exists: operation, implementation, function.
 OPERATIONS: dict[str, dict[str, Callable]] = {
-    "grouped_matmul": {"reference": reference.grouped_matmul},
-    "gate_up": {"reference": reference.gate_up},
-    "gather_rows": {"reference": reference.gather_rows},
-    "combine_rows": {"reference": reference.combine_rows},
+    "grouped_matmul": {"reference": reference.grouped_matmul, "mosaic_gpu": hopper.grouped_matmul},
+    "gate_up": {"reference": reference.gate_up, "mosaic_gpu": hopper.gate_up},
+    "gather_rows": {"reference": reference.gather_rows, "triton": hopper.gather_rows},
+    "combine_rows": {"reference": reference.combine_rows, "triton": hopper.combine_rows},
+    "choose_experts": {"reference": reference.choose_experts, "triton": hopper.choose_experts},
+    "plan_rows": {"reference": reference.plan_rows, "triton": hopper.plan_rows},
+}
+
+# What an implementation cannot do.
+LIMITS: dict[str, dict[str, Callable[..., str | None]]] = {
+    "grouped_matmul": {"mosaic_gpu": hopper.no_grouped_matmul},
+    "gate_up": {"mosaic_gpu": hopper.no_gate_up},
+    "gather_rows": {"triton": hopper.no_rows},
+    "combine_rows": {"triton": hopper.no_rows},
+    "choose_experts": {"triton": hopper.no_routing},
+    "plan_rows": {"triton": hopper.no_routing},
+}
+
+# What None tries on a Hopper GPU, in order, before the reference. XLA's own combine is as fast as memory, and fuses
+# with what follows it.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "grouped_matmul": ("mosaic_gpu",),
+    "gate_up": ("mosaic_gpu",),
+    "gather_rows": ("triton",),
+    "combine_rows": (),
+    "choose_experts": ("triton",),
+    "plan_rows": ("triton",),
 }
 
 
-def chosen(operation: str, implementation: str | None) -> str:
-    """Name of the implementation that `operation` will run; raises as the operation itself would."""
-    return choose(operation, MappingProxyType(OPERATIONS[operation]), implementation)
+def chosen(operation: str, implementation: str | None, *operands: Any) -> str:
+    """Name of the implementation that `operation` will run; raises as the operation itself would.
+
+    Args:
+      operation: a key of `OPERATIONS`.
+      implementation: as given to the operation.
+      operands: the arguments of its functions in `OPERATIONS`, or their shapes and dtypes; none: those that fit.
+    """
+    return choice.choose(
+        operation,
+        OPERATIONS[operation],
+        implementation,
+        limits=LIMITS[operation],
+        preference=PREFERENCE[operation],
+        operands=operands,
+    )
+
+
+def _run(operation: str, implementation: str | None, *operands: Any) -> Any:
+    return OPERATIONS[operation][chosen(operation, implementation, *operands)](*operands)
 
 
 def grouped_matmul(
@@ -65,9 +104,9 @@ def grouped_matmul(
       >>> grouped_matmul(x, w, jnp.array([1, 2]))[:, 0].tolist()
       [3.0, 6.0, 6.0, 0.0]
     """
-    run = OPERATIONS["grouped_matmul"][chosen("grouped_matmul", implementation)]
     _check_product("grouped_matmul", x_RD, w_eND, group_sizes_e, bias_eN)
-    return run(x_RD, w_eND, group_sizes_e, bias_eN, jnp.dtype(out_dtype or x_RD.dtype))
+    out_dtype = jnp.dtype(out_dtype or x_RD.dtype)
+    return _run("grouped_matmul", implementation, x_RD, w_eND, group_sizes_e, bias_eN, out_dtype)
 
 
 def gate_up(
@@ -96,21 +135,27 @@ def gate_up(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation does not exist.
     """
-    run = OPERATIONS["gate_up"][chosen("gate_up", implementation)]
     _check_product("gate_up", x_RD, w_eMD, group_sizes_e, bias_eM)
     if activation.gated and w_eMD.shape[1] % 2:
         raise ValueError(f"gate_up: w has {w_eMD.shape[1]} rows a group: expected an even number, gate and up")
-    return run(x_RD, w_eMD, group_sizes_e, activation, bias_eM)
+    return _run("gate_up", implementation, x_RD, w_eMD, group_sizes_e, activation, bias_eM)
 
 
 def gather_rows(
-    x_tD: Float[Array, "t D"], index_R: Int[Array, " R"], *, implementation: str | None = None
+    x_tD: Float[Array, "t D"],
+    index_R: Int[Array, " R"],
+    *,
+    position_tK: Int[Array, "t K"] | None = None,
+    group_sizes_e: Int[Array, " e"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "R D"]:
     """Copies rows: out[r] = x[index[r]], zeros where the index is out of range (-1, for one).
 
     Args:
       x_tD: (t, D).
       index_R: (R,) int32.
+      position_tK, group_sizes_e: the same map from the other side, both or none: (t, K) int32 rows that each token goes
+        to, -1 for none, which fill the first sum(group_sizes) rows. Knowing it, a kernel reads each token once.
       implementation: None, "reference", "mosaic_gpu" or "triton".
 
     Returns:
@@ -120,10 +165,9 @@ def gather_rows(
       ValueError: ranks that do not fit.
       NotImplementedError: the named implementation does not exist.
     """
-    run = OPERATIONS["gather_rows"][chosen("gather_rows", implementation)]
     if x_tD.ndim != 2 or index_R.ndim != 1:
         raise ValueError(f"gather_rows: x {x_tD.shape} and index {index_R.shape}: expected (t, D) and (R,)")
-    return run(x_tD, index_R)
+    return _run("gather_rows", implementation, x_tD, index_R, position_tK, group_sizes_e)
 
 
 def combine_rows(
@@ -148,11 +192,65 @@ def combine_rows(
       ValueError: shapes that do not fit.
       NotImplementedError: the named implementation does not exist.
     """
-    run = OPERATIONS["combine_rows"][chosen("combine_rows", implementation)]
     if y_RD.ndim != 2 or position_tK.ndim != 2 or position_tK.shape != weights_tK.shape:
         shapes = f"y {y_RD.shape}, position {position_tK.shape}, weights {weights_tK.shape}"
         raise ValueError(f"combine_rows: {shapes}: expected (R, D), (t, K) and (t, K)")
-    return run(y_RD, position_tK, weights_tK)
+    return _run("combine_rows", implementation, y_RD, position_tK, weights_tK)
+
+
+def choose_experts(
+    logits_tE: Float[Array, "t E"],
+    bias_E: Float32[Array, " E"] | None,
+    *,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scaling: float,
+    implementation: str | None = None,
+) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
+    """Top-k of the scores plus bias, without groups, and weights: see `router.route`.
+
+    Args:
+      logits_tE: (t, E) float32.
+      bias_E: (E,) float32 or None; selects, never weighs.
+      top_k: K.
+      scoring: "softmax" or "sigmoid".
+      renormalize: divide each token's weights by their sum.
+      scaling: factor of the weights, last.
+      implementation: None, "reference" or "triton".
+
+    Returns:
+      ids (t, K) int32, best first, equal scores to the lower index, and weights (t, K) float32.
+
+    Raises:
+      NotImplementedError: the named implementation does not exist.
+    """
+    operands = (logits_tE, bias_E, top_k, scoring, renormalize, scaling)
+    return _run("choose_experts", implementation, *operands)
+
+
+def plan_rows(
+    topk_ids_tK: Int[Array, "t K"],
+    first_expert: Int32[Array, ""] | int,
+    *,
+    num_local_experts: int,
+    implementation: str | None = None,
+) -> tuple[Int32[Array, "t K"], Int32[Array, " e"]]:
+    """The row of each pair when those of this rank's experts are sorted by expert, then token, then slot.
+
+    Args:
+      topk_ids_tK: (t, K) global expert ids.
+      first_expert: first of this rank's experts; may be traced.
+      num_local_experts: e.
+      implementation: None, "reference" or "triton".
+
+    Returns:
+      position (t, K) int32, -1 for pairs of other ranks, and group sizes (e,) int32.
+
+    Raises:
+      NotImplementedError: the named implementation does not exist.
+    """
+    return _run("plan_rows", implementation, topk_ids_tK, first_expert, num_local_experts)
 
 
 def _check_product(name: str, x: Array, w: Array, group_sizes: Array, bias: Array | None) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jax_moe import activation as activations
 from jax_moe._compat import match_varying
-from jax_moe._typing import Array, Float, Float32, Int
+from jax_moe._typing import Array, Float, Float32, Int, Int32
 from jax_moe.linear import contract, operand
 
 
@@ -46,8 +46,14 @@ def gate_up(
     return activations.apply(gate_up_RM, activation).astype(x_RD.dtype)
 
 
-def gather_rows(x_tD: Float[Array, "t D"], index_R: Int[Array, " R"]) -> Float[Array, "R D"]:
-    """See `ops.gather_rows`."""
+def gather_rows(
+    x_tD: Float[Array, "t D"],
+    index_R: Int[Array, " R"],
+    position_tK: Int[Array, "t K"] | None = None,
+    group_sizes_e: Int[Array, " e"] | None = None,
+) -> Float[Array, "R D"]:
+    """See `ops.gather_rows`; the index alone says it all."""
+    del position_tK, group_sizes_e
     # An index below zero would count from the end; out of range at the top, it is filled.
     index_R = jnp.where(index_R < 0, x_tD.shape[0], index_R)
     return x_tD.at[index_R].get(mode="fill", fill_value=0)
@@ -64,6 +70,55 @@ def combine_rows(
         weight_t = jnp.where(position_t >= 0, weights_tK[:, slot].astype(jnp.float32), 0.0)
         total_tD = total_tD + gather_rows(y_RD, position_t).astype(jnp.float32) * weight_t[:, None]
     return total_tD
+
+
+def weigh_experts(
+    logits_tE: Float[Array, "t E"], ids_tK: Int[Array, "t K"], scoring: str, renormalize: bool, scaling: float
+) -> Float32[Array, "t K"]:
+    """Weights of chosen experts: their scores without the bias, renormalized if asked, then scaled."""
+    weights_tK = jnp.take_along_axis(_scores(logits_tE, scoring), ids_tK, axis=-1)
+    if renormalize:
+        weights_tK = weights_tK / (jnp.sum(weights_tK, axis=-1, keepdims=True) + 1e-20)
+    return weights_tK * scaling
+
+
+def choose_experts(
+    logits_tE: Float[Array, "t E"],
+    bias_E: Float32[Array, " E"] | None,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scaling: float,
+) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
+    """See `ops.choose_experts`."""
+    selection_tE = jax.lax.stop_gradient(_scores(logits_tE, scoring))
+    if bias_E is not None:
+        selection_tE = selection_tE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))
+    ids_tK = jax.lax.top_k(selection_tE, top_k)[1].astype(jnp.int32)
+    return ids_tK, weigh_experts(logits_tE, ids_tK, scoring, renormalize, scaling)
+
+
+def _scores(logits_tE: Float[Array, "t E"], scoring: str) -> Float32[Array, "t E"]:
+    logits_tE = logits_tE.astype(jnp.float32)
+    return jax.nn.softmax(logits_tE, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits_tE)
+
+
+def plan_rows(
+    topk_ids_tK: Int[Array, "t K"], first_expert: Int32[Array, ""] | int, num_local_experts: int
+) -> tuple[Int32[Array, "t K"], Int32[Array, " e"]]:
+    """See `ops.plan_rows`."""
+    num_pairs = topk_ids_tK.size
+    local_tK = topk_ids_tK.astype(jnp.int32) - first_expert
+    here_tK = (local_tK >= 0) & (local_tK < num_local_experts)
+    # Pairs that are not here share one key that sorts last and is in no group.
+    key = jnp.where(here_tK, local_tK, num_local_experts).reshape(num_pairs)
+    group_sizes_e = jnp.zeros((num_local_experts,), jnp.int32).at[key].add(1, mode="drop")
+    # A stable sort by expert alone leaves pairs in order of token, then slot.
+    pair = jnp.argsort(key, stable=True).astype(jnp.int32)
+    row = jnp.arange(num_pairs, dtype=jnp.int32)
+    is_row = row < jnp.sum(group_sizes_e)
+    position = jnp.zeros_like(row).at[pair].set(jnp.where(is_row, row, -1), unique_indices=True)
+    return position.reshape(topk_ids_tK.shape), group_sizes_e
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

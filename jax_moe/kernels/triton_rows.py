@@ -53,7 +53,7 @@ def gather_rows(x_tD: jax.Array, index_R: jax.Array, *, chunk: int = CHUNK, num_
     )(index_R, x_tD)
 
 
-def _spread_kernel(position_ref, total_ref, x_ref, out_ref, *, chunk: int):
+def _spread_kernel(position_ref, sizes_ref, x_ref, out_ref, *, chunk: int):
     token = pl.program_id(0)
     tokens, slots = position_ref.shape
     rows, width = out_ref.shape
@@ -65,7 +65,9 @@ def _spread_kernel(position_ref, total_ref, x_ref, out_ref, *, chunk: int):
         plt.store(out_ref.at[jnp.maximum(row, 0), column], value, mask=wanted)
 
     # Rows that no token fills are zeros; every program clears its share of them.
-    first = total_ref[0] + token
+    (experts,) = sizes_ref.shape
+    index = lax.iota(jnp.int32, 1 << max(experts - 1, 0).bit_length())
+    first = jnp.sum(plt.load(sizes_ref.at[index], mask=index < experts, other=0)) + token
     count = jnp.maximum(lax.div(rows - first + (tokens - 1), tokens), 0)
 
     def clear(i, carry):
@@ -76,7 +78,13 @@ def _spread_kernel(position_ref, total_ref, x_ref, out_ref, *, chunk: int):
 
 
 def spread_rows(
-    x_tD: jax.Array, position_tK: jax.Array, total: jax.Array, *, rows: int, chunk: int = CHUNK, num_warps: int = 4
+    x_tD: jax.Array,
+    position_tK: jax.Array,
+    group_sizes_e: jax.Array,
+    *,
+    rows: int,
+    chunk: int = 2048,
+    num_warps: int = 4,
 ) -> jax.Array:
     """Copies each token's row to the rows it was planned into: a gather seen from the other side.
 
@@ -85,11 +93,11 @@ def spread_rows(
     Args:
       x_tD: (t, D), t at least 1.
       position_tK: (t, K) int32, rows to fill; -1 for none. No row is named twice.
-      total: int32 scalar, how many rows are filled; they are the first ones.
+      group_sizes_e: (e,) int32, whose sum says how many rows are filled; they are the first ones.
       rows: R.
 
     Returns:
-      (R, D) in x's dtype, zeros past the first `total` rows.
+      (R, D) in x's dtype, zeros past the filled rows.
     """
     tokens, width = x_tD.shape
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -101,7 +109,7 @@ def spread_rows(
         out_specs=whole,
         compiler_params=plt.CompilerParams(num_warps=num_warps),
         name="moe_spread_rows",
-    )(position_tK, total.astype(jnp.int32).reshape(1), x_tD)
+    )(position_tK, group_sizes_e, x_tD)
 
 
 def _combine_kernel(position_ref, weight_ref, y_ref, out_ref, *, chunk: int):

@@ -33,7 +33,9 @@ def dispatch(
         routing_n2K = jax.lax.all_gather(routing_t2K, axes, tiled=True)
         ids_nK, weights_nK = jnp.split(routing_n2K, 2, axis=1)
         ids_nK = ids_nK.astype(jnp.int32)
-    plan = plans.make_plan(ids_nK, first_expert=first_expert, num_local_experts=num_local_experts)
+    plan = plans.make_plan(
+        ids_nK, first_expert=first_expert, num_local_experts=num_local_experts, implementation=implementation
+    )
     return base.take_rows(
         x_nW, weights_nK, plan, axes=axes, weight_on_input=weight_on_input, implementation=implementation
     )

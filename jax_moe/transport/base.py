@@ -90,7 +90,16 @@ def take_rows(
     implementation: str | None,
 ) -> tuple[Float[Array, "R W"], Handle]:
     """The part of dispatch that moves nothing between ranks: rows by the plan, weighed if asked, and the handle."""
-    rows_RW = jax.tree.map(lambda x: kernels.gather_rows(x, plan.row_token_R, implementation=implementation), x_nW)
+    rows_RW = jax.tree.map(
+        lambda x: kernels.gather_rows(
+            x,
+            plan.row_token_R,
+            position_tK=plan.position_tK,
+            group_sizes_e=plan.group_sizes_e,
+            implementation=implementation,
+        ),
+        x_nW,
+    )
     if weight_on_input:
         if not isinstance(rows_RW, jax.Array):
             raise ValueError("weight_on_input: expected one array of rows; a format of several weighs them itself")

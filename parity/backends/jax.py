@@ -12,7 +12,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member
-from parity.backends.layout import layer_options, parameters, token_blocks
+from parity.backends.layout import TRACE_FIELDS, layer_options, parameters, token_blocks
 from parity.case import Case
 from parity.results import RankResult
 
@@ -46,6 +46,8 @@ class JaxBackend(Backend):
             os.environ.get("XLA_FLAGS", ""),
             f"--xla_force_host_platform_device_count={devices}",
             f"--xla_cpu_collective_call_terminate_timeout_seconds={STUCK_SECONDS}",
+            # programs of small cases are compiled more cheaply in one piece
+            "--xla_cpu_parallel_codegen_split_count=1",
         ]
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags).strip(), "JAX_ENABLE_X64": "0"}
 
@@ -121,7 +123,11 @@ class JaxBackend(Backend):
 
         y, trace = jax.block_until_ready(step(params, x, inputs))
         first = _by_rank(y, mesh)
-        fields = {name: _by_rank(getattr(trace, name), mesh) for name in TRACE_FIELDS}
+        traced: dict[int, dict[str, Any]] = {rank: dict.fromkeys(TRACE_FIELDS) for rank in first}
+        for name in TRACE_FIELDS:
+            if (value := getattr(trace, name)) is not None:
+                for rank, part in _by_rank(value, mesh).items():
+                    traced[rank][name] = part
         dropped = _by_rank(trace.dropped, mesh)
         del trace
         again = _by_rank(jax.block_until_ready(step(params, x, inputs))[0], mesh)
@@ -129,7 +135,7 @@ class JaxBackend(Backend):
             rank: RankResult(
                 y=values.astype(np.float32),
                 y_dtype=str(y.dtype),
-                **{name: None if by_rank is None else by_rank[rank] for name, by_rank in fields.items()},
+                **traced[rank],
                 dropped=int(dropped[rank][0]),
                 repeat_equal=values.tobytes() == again[rank].tobytes(),
             )
@@ -137,22 +143,8 @@ class JaxBackend(Backend):
         }
 
 
-TRACE_FIELDS = (
-    "token_index",
-    "router_logits",
-    "topk_ids",
-    "topk_weights",
-    "group_sizes",
-    "row_token",
-    "row_slot",
-    "expert_load",
-)
-
-
-def _by_rank(array: jax.Array | None, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray] | None:
+def _by_rank(array: jax.Array, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray]:
     """What lies on each rank's own device, by rank: copies that should be equal are not assumed to be."""
-    if array is None:
-        return None
     ranks = {device: rank for rank, device in enumerate(mesh.devices.flat)}
     return {ranks[shard.device]: np.asarray(shard.data) for shard in array.addressable_shards}
 

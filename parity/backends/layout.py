@@ -19,6 +19,17 @@ from parity.case import Case
 
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 INPUTS = ("x", "router_logits", "topk_ids", "topk_weights")
+TRACE_FIELDS = (
+    "token_index",
+    "router_logits",
+    "topk_ids",
+    "topk_weights",
+    "group_sizes",
+    "row_token",
+    "row_slot",
+    "expert_load",
+)
+"""What both houses' traces and a RankResult call the same."""
 
 
 @dataclass(frozen=True)

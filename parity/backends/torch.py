@@ -12,7 +12,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member, cores
-from parity.backends.layout import block_of_rank, layer_options, parameters, token_blocks
+from parity.backends.layout import TRACE_FIELDS, block_of_rank, layer_options, parameters, token_blocks
 from parity.case import Case
 from parity.results import RankResult
 
@@ -78,7 +78,7 @@ class TorchBackend(Backend):
             y, trace = layer(x, **inputs, counts=blocks.counts, trace=True)
             again = layer(x, **inputs, counts=blocks.counts)
         equal = bool(torch.equal(y.view(torch.uint8), again.view(torch.uint8)))
-        traced = {
+        traced: dict[str, Any] = {
             name: None if (value := getattr(trace, name)) is None else value.cpu().numpy() for name in TRACE_FIELDS
         }
         values, dtype = y.float().cpu().numpy(), str(y.dtype).removeprefix("torch.")
@@ -102,18 +102,6 @@ class TorchBackend(Backend):
         if shape not in self.meshes:
             self.meshes[shape] = self.house.make_mesh(parallel, device.type)
         return self.meshes[shape]
-
-
-TRACE_FIELDS = (
-    "token_index",
-    "router_logits",
-    "topk_ids",
-    "topk_weights",
-    "group_sizes",
-    "row_token",
-    "row_slot",
-    "expert_load",
-)
 
 
 class LazyTensors(Mapping[str, "torch.Tensor"]):

@@ -138,8 +138,8 @@ def reduction_skipped():
 def renorm_skipped():
     original = router.route
 
-    def route(logits, bias, *, router, top_k):
-        return original(logits, bias, router=dataclasses.replace(router, renormalize=False), top_k=top_k)
+    def route(logits, bias, *, router, **options):
+        return original(logits, bias, router=dataclasses.replace(router, renormalize=False), **options)
 
     return [(router, "route", route)]
 
@@ -194,8 +194,8 @@ def router_in_bf16():
 def bias_weighs():
     original = router.route
 
-    def route(logits, bias, *, router, top_k):
-        ids, weights = original(logits, bias, router=router, top_k=top_k)
+    def route(logits, bias, **options):
+        ids, weights = original(logits, bias, **options)
         return ids, weights + bias[ids]
 
     return [(router, "route", route)]

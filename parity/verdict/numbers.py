@@ -36,8 +36,10 @@ def nontrivial(case: Case, reference: Reference) -> Gate:
 
 def sensitive(case: Case, reference: Reference, model: ErrorModel) -> Gate:
     limits = bound(variance(case, reference).sum(axis=1), freedom(case), model)
-    smallest = np.where(reference.kept, reference.slot_norm, np.inf).min(axis=1)
-    share = np.divide(limits, smallest, out=np.full_like(limits, np.inf), where=smallest > 0)
+    # a dropped choice adds nothing, nor does relu2 with every unit off: they have nothing to lose
+    counts = reference.kept & (reference.slot_norm > 0)
+    smallest = np.where(counts, reference.slot_norm, np.inf).min(axis=1)
+    share = limits / smallest
     token = int(np.argmax(share))
     detail = (
         f"token {token}: its bound is {share[token]:.2g} of its smallest expert's part, allowed {SENSITIVITY:.2g}; "

@@ -6,6 +6,7 @@ import pytest
 from parity import fixtures
 from parity.arrays import ArrayRef, bits_of_float32, float32_of_bits, values
 from parity.case import Case
+from parity.verdict import judge
 
 BASE = "dp1.tp1/local/bf16/t24.d32.f16/e8.k2"
 
@@ -66,6 +67,12 @@ def test_shared_and_routed_parts_are_of_one_size(oracle):
         ratio = np.sqrt(np.mean(both.y**2)) / np.linalg.norm(both.slot_norm) * np.sqrt(both.y.size)
         assert 1 < ratio < 3, (flags, ratio)
         assert routed.y.shape == both.y.shape
+
+
+@pytest.mark.parametrize("text", ["e16.k4/weightin", "e64.k6/weightin+gate", "e8.k8/sigmoid", "e64.k6/shared", "e8.k8"])
+def test_no_experts_part_is_lost_in_rounding(oracle, text):
+    case, _, reference = oracle(f"dp1.tp1/local/bf16/t32.d256.f128/{text}")
+    assert judge(case, reference, {}).verdict == "pass"
 
 
 def test_bfloat16_bits_round_to_nearest_even():

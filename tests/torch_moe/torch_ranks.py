@@ -21,6 +21,7 @@ CALL_TIMEOUT_S = 120
 
 def _serve(rank: int, world: int, backend: str, port: int, connection) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(backend == "gloo")
     warnings.simplefilter("error")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
     if backend == "nccl":
@@ -60,7 +61,7 @@ class RankPool:
     def _start(self) -> None:
         # The server imports torch once and every rank is forked from it, which saves seconds for each.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._inductor.config"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -180,6 +180,12 @@ def test_a_case_that_could_hide_a_lost_expert_is_insensitive(oracle):
     assert judgement.reason.startswith("sensitive: oracle: token")
 
 
+def test_an_expert_that_adds_exactly_nothing_has_nothing_to_lose(oracle):
+    case, _, reference = oracle("dp1.tp1/local/f32/t500.d16.f4/e3.k2/relu2")
+    assert (reference.slot_norm == 0).any()
+    assert judge(case, reference, {"one": simulate(case, reference)}).verdict == "pass"
+
+
 def test_a_trivial_reference_fails(oracle):
     case, _, reference = oracle("dp1.tp1/local/bf16/t24.d64.f64/e8.k2/ids")
     faint = dataclasses.replace(reference, y=reference.y * 1e-6, variance=reference.variance * 1e-12)

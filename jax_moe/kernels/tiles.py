@@ -1,0 +1,39 @@
+"""Which kernel and tile multiply rows by their experts' weights, from the shapes alone: no tuning when a program runs.
+
+The table comes from measurements on one H100 (docs/kernels.md has them, with dates). Its key is the mean number of rows
+an expert has, which is what decides whether reading weights or multiplying is the work.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax_moe.kernels import mosaic_gpu_grouped_matmul as wide
+from jax_moe.kernels import mosaic_gpu_small_groups as small
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel and its tile; `why` is for people."""
+
+    tile: wide.Tile | small.Tile
+    why: str
+
+    @property
+    def run(self) -> Callable:
+        return wide.grouped_matmul if isinstance(self.tile, wide.Tile) else small.grouped_matmul
+
+
+# Mean rows of an expert up to which a choice holds.
+TABLE: tuple[tuple[float, Choice], ...] = (
+    (1.5, Choice(small.Tile(rows=8), "weights on the 64-row side, 8 tokens a tile")),
+    (12, Choice(small.Tile(rows=16), "weights on the 64-row side, 16 tokens a tile")),
+    (24, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile")),
+    (160, Choice(wide.Tile(rows=64), "tiles of 64 rows: the weights are read at the speed of memory")),
+    (float("inf"), Choice(wide.Tile(rows=128), "tiles of 128 rows")),
+)
+
+
+def choose_tile(rows: int, experts: int) -> Choice:
+    """The choice for a buffer of `rows` rows over `experts` experts, taken as if they were spread evenly."""
+    mean = rows / max(experts, 1)
+    return next(choice for most, choice in TABLE if mean <= most)

@@ -1,0 +1,266 @@
+"""Routing without a chain of small launches: top-k of the scores, the sort by expert, and the work list.
+
+Shape suffixes: t tokens, E experts, K experts per token, e experts of this rank, N = t * K pairs, B blocks of pairs.
+
+A pair's row is the number of pairs that come before it by (expert, pair). For few pairs each program counts that
+directly. For many, blocks of pairs are counted by expert, the counts are summed over blocks, and a pair adds its rank
+in its own block: three passes over the ids, no sort, no atomics, the order of a stable sort.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jax_moe.kernels.schedule import FIELDS, tile_bound
+
+_WHOLE = pl.BlockSpec(memory_space=pl.ANY)
+SMALL = 2048  # pairs up to which every program counts all of them
+BLOCK = 256  # pairs of a block beyond that
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _choose_kernel(logits_ref, *refs, top_k, scoring, renormalize, scaling, has_bias):
+    *bias, ids_ref, weights_ref = refs
+    token = pl.program_id(0)
+    experts = logits_ref.shape[1]
+    width = _power_of_two(experts)
+    index = lax.iota(jnp.int32, width)
+    real = index < experts
+    logits = plt.load(logits_ref.at[token, index], mask=real, other=-jnp.inf).astype(jnp.float32)
+    if scoring == "softmax":
+        exponent = jnp.where(real, jnp.exp(logits - jnp.max(logits)), 0.0)
+        scores = exponent / jnp.sum(exponent)
+    else:
+        scores = 1.0 / (1.0 + jnp.exp(-logits))
+    selection = scores
+    if has_bias:
+        selection = scores + plt.load(bias[0].at[index], mask=real, other=0.0)
+    selection = jnp.where(real, selection, -jnp.inf)
+
+    slots = _power_of_two(top_k)
+    slot = lax.iota(jnp.int32, slots)
+    ids, weights = jnp.zeros((slots,), jnp.int32), jnp.zeros((slots,), jnp.float32)
+    for k in range(top_k):
+        best = jnp.max(selection)
+        # The lowest index among equals. A row of NaN has no best: clamped, it still names an expert.
+        chosen = jnp.minimum(jnp.min(jnp.where((selection == best) & real, index, width)), experts - 1)
+        ids = jnp.where(slot == k, chosen, ids)
+        weights = jnp.where(slot == k, jnp.sum(jnp.where(index == chosen, scores, 0.0)), weights)
+        selection = jnp.where(index == chosen, -jnp.inf, selection)
+        real = real & (index != chosen)
+    if renormalize:
+        weights = weights / (jnp.sum(weights) + 1e-20)
+    plt.store(ids_ref.at[token, slot], ids, mask=slot < top_k)
+    plt.store(weights_ref.at[token, slot], weights * scaling, mask=slot < top_k)
+
+
+def choose_experts(
+    logits_tE: jax.Array,
+    bias_E: jax.Array | None,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    scaling: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores, top-k by score plus bias, and weights, one warp a token; ungrouped.
+
+    Returns:
+      ids (t, K) int32, best first, equal scores to the lower index, and weights (t, K) float32.
+    """
+    tokens = logits_tE.shape[0]
+    operands = [logits_tE] + ([] if bias_E is None else [bias_E.astype(jnp.float32)])
+    return pl.pallas_call(
+        functools.partial(
+            _choose_kernel, top_k=top_k, scoring=scoring, renormalize=renormalize, scaling=scaling,
+            has_bias=bias_E is not None,
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+        ),
+        grid=(tokens,),
+        in_specs=[_WHOLE] * len(operands),
+        out_specs=(_WHOLE, _WHOLE),
+        compiler_params=plt.CompilerParams(num_warps=1),
+        name="moe_choose_experts",
+    )(*operands)  # fmt: skip
+
+
+def _local(ids_ref, first_ref, pair, pairs, experts):
+    """Local expert of pairs, `experts` for those that are not here, and a larger number past the last pair."""
+    ids = plt.load(ids_ref.at[pair], mask=pair < pairs, other=0) - first_ref[0]
+    ids = jnp.where((ids >= 0) & (ids < experts), ids, experts)
+    return jnp.where(pair < pairs, ids, experts + 1)
+
+
+def _small_plan_kernel(ids_ref, first_ref, position_ref, sizes_ref, *, experts, block, chunk):
+    (pairs,) = ids_ref.shape
+    lane = lax.iota(jnp.int32, block)
+    pair = pl.program_id(0) * block + lane
+    mine = _local(ids_ref, first_ref, pair, pairs, experts)
+    expert = pl.program_id(0) * block + lane
+
+    def count(c, carry):
+        before, size = carry
+        other_pair = c * chunk + lax.iota(jnp.int32, chunk)
+        other = _local(ids_ref, first_ref, other_pair, pairs, experts)
+        less = other[None, :] < mine[:, None]
+        earlier = (other[None, :] == mine[:, None]) & (other_pair[None, :] < pair[:, None])
+        before += jnp.sum((less | earlier).astype(jnp.int32), axis=1)
+        size += jnp.sum((other[None, :] == expert[:, None]).astype(jnp.int32), axis=1)
+        return before, size
+
+    zero = jnp.zeros((block,), jnp.int32)
+    before, size = lax.fori_loop(0, pl.cdiv(pairs, chunk), count, (zero, zero))
+    plt.store(position_ref.at[pair], jnp.where(mine < experts, before, -1), mask=pair < pairs)
+    plt.store(sizes_ref.at[expert], size, mask=expert < experts)
+
+
+def _count_kernel(ids_ref, first_ref, count_ref, *, experts, block):
+    (pairs,) = ids_ref.shape
+    pair = pl.program_id(0) * block + lax.iota(jnp.int32, block)
+    mine = _local(ids_ref, first_ref, pair, pairs, experts)
+    chunk = 32
+    for c in range(pl.cdiv(experts, chunk)):
+        expert = c * chunk + lax.iota(jnp.int32, chunk)
+        count = jnp.sum((mine[:, None] == expert[None, :]).astype(jnp.int32), axis=0)
+        plt.store(count_ref.at[expert, pl.program_id(0)], count, mask=expert < experts)
+
+
+def _scan_kernel(count_ref, before_ref, sizes_ref):
+    expert = pl.program_id(0)
+    blocks = count_ref.shape[1]
+    index = lax.iota(jnp.int32, _power_of_two(blocks))
+    count = plt.load(count_ref.at[expert, index], mask=index < blocks, other=0)
+    plt.store(before_ref.at[expert, index], jnp.cumsum(count) - count, mask=index < blocks)
+    sizes_ref[expert] = jnp.sum(count)
+
+
+def _position_kernel(ids_ref, first_ref, before_ref, sizes_ref, position_ref, *, experts, block):
+    (pairs,) = ids_ref.shape
+    lane = lax.iota(jnp.int32, block)
+    block_index = pl.program_id(0)
+    pair = block_index * block + lane
+    mine = _local(ids_ref, first_ref, pair, pairs, experts)
+    here = mine < experts
+    position = plt.load(before_ref.at[jnp.where(here, mine, 0), block_index], mask=here, other=0)
+    chunk = 32
+
+    def start(c, position):
+        expert = c * chunk + lax.iota(jnp.int32, chunk)
+        size = plt.load(sizes_ref.at[expert], mask=expert < experts, other=0)
+        return position + jnp.sum(jnp.where(expert[None, :] < mine[:, None], size[None, :], 0), axis=1)
+
+    position = lax.fori_loop(0, pl.cdiv(experts, chunk), start, position)
+
+    def rank(c, position):
+        other_pair = block_index * block + c * chunk + lax.iota(jnp.int32, chunk)
+        other = _local(ids_ref, first_ref, other_pair, pairs, experts)
+        earlier = (other[None, :] == mine[:, None]) & (other_pair[None, :] < pair[:, None])
+        return position + jnp.sum(earlier.astype(jnp.int32), axis=1)
+
+    position = lax.fori_loop(0, block // chunk, rank, position)
+    plt.store(position_ref.at[pair], jnp.where(here, position, -1), mask=pair < pairs)
+
+
+def plan_pairs(ids_tK: jax.Array, first_expert, *, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Rows of pairs in the order (expert, token, slot), and the rows of each expert.
+
+    Args:
+      ids_tK: (t, K) integer expert ids.
+      first_expert: first expert of this rank; may be traced. Pairs outside of [first, first + experts) have no row.
+      experts: e.
+
+    Returns:
+      position (t, K) int32, -1 for none, and group sizes (e,) int32.
+    """
+    pairs = ids_tK.size
+    ids = ids_tK.astype(jnp.int32).reshape(pairs)
+    first = jnp.asarray(first_expert, jnp.int32).reshape(1)
+    if pairs <= SMALL:
+        block = 8  # little work a program, many programs: what counts here is how long one takes
+        position, sizes = pl.pallas_call(
+            functools.partial(
+                _small_plan_kernel, experts=experts, block=block, chunk=min(512, max(_power_of_two(pairs), 16))
+            ),
+            out_shape=(jax.ShapeDtypeStruct((pairs,), jnp.int32), jax.ShapeDtypeStruct((experts,), jnp.int32)),
+            grid=(pl.cdiv(max(pairs, experts), block),),
+            in_specs=[_WHOLE] * 2,
+            out_specs=(_WHOLE, _WHOLE),
+            compiler_params=plt.CompilerParams(num_warps=4),
+            name="moe_plan_small",
+        )(ids, first)
+        return position.reshape(ids_tK.shape), sizes
+    blocks = pl.cdiv(pairs, BLOCK)
+    counts = pl.pallas_call(
+        functools.partial(_count_kernel, experts=experts, block=BLOCK),
+        out_shape=jax.ShapeDtypeStruct((experts, blocks), jnp.int32),
+        grid=(blocks,),
+        in_specs=[_WHOLE] * 2,
+        out_specs=_WHOLE,
+        compiler_params=plt.CompilerParams(num_warps=4),
+        name="moe_plan_count",
+    )(ids, first)
+    before, sizes = pl.pallas_call(
+        _scan_kernel,
+        out_shape=(jax.ShapeDtypeStruct((experts, blocks), jnp.int32), jax.ShapeDtypeStruct((experts,), jnp.int32)),
+        grid=(experts,),
+        in_specs=[_WHOLE],
+        out_specs=(_WHOLE, _WHOLE),
+        compiler_params=plt.CompilerParams(num_warps=4),
+        name="moe_plan_scan",
+    )(counts)
+    position = pl.pallas_call(
+        functools.partial(_position_kernel, experts=experts, block=BLOCK),
+        out_shape=jax.ShapeDtypeStruct((pairs,), jnp.int32),
+        grid=(blocks,),
+        in_specs=[_WHOLE] * 4,
+        out_specs=_WHOLE,
+        compiler_params=plt.CompilerParams(num_warps=4),
+        name="moe_plan_position",
+    )(ids, first, before, sizes)
+    return position.reshape(ids_tK.shape), sizes
+
+
+def _schedule_kernel(sizes_ref, out_ref, *, rows, tile):
+    group = pl.program_id(0)
+    (experts,) = sizes_ref.shape
+    index = lax.iota(jnp.int32, _power_of_two(experts + 1))
+    sizes = plt.load(sizes_ref.at[index], mask=index < experts, other=0)
+    sizes = jnp.where(index == experts, rows - jnp.sum(sizes), sizes)
+    tiles = lax.div(sizes + (tile - 1), jnp.int32(tile))
+    pick = lambda values, where: jnp.sum(jnp.where(where, values, 0))  # noqa: E731
+    first, start = pick(tiles, index < group), pick(sizes, index < group)
+    count, size, total = pick(tiles, index == group), pick(sizes, index == group), jnp.sum(tiles)
+    lane = lax.iota(jnp.int32, 128)
+
+    def store(c, carry):
+        number = c * 128 + lane
+        for field, value in enumerate((group, first, count, start, size, total)):
+            value = jnp.broadcast_to(value, (128,))
+            plt.store(out_ref.at[(first + number) * FIELDS + field], value, mask=number < count)
+        return carry
+
+    lax.fori_loop(0, lax.div(count + 127, jnp.int32(128)), store, None)
+
+
+def make_schedule(group_sizes_e: jax.Array, *, rows: int, tile: int) -> jax.Array:
+    """As schedule.make_schedule, in one launch; records past the last tile are not written."""
+    (experts,) = group_sizes_e.shape
+    return pl.pallas_call(
+        functools.partial(_schedule_kernel, rows=rows, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((tile_bound(rows, experts, tile) * FIELDS,), jnp.int32),
+        grid=(experts + 1,),
+        in_specs=[_WHOLE],
+        out_specs=_WHOLE,
+        compiler_params=plt.CompilerParams(num_warps=1),
+        name="moe_schedule",
+    )(group_sizes_e.astype(jnp.int32))
