@@ -60,6 +60,19 @@ def _smoke() -> list[Case]:
         "dp4.tp1.ep/allgather/bf16/t0-0-11-0.d64.f48/e8.k2/shared",
         "dp4.tp1.ep/allgather/bf16/t50-20-26-3.d64.f48/e16.k6/shared+gate",
         "dp1.tp4/local/bf16/t31.d72.f52/e5.k3/shared+gate",
+        # The transports that move each token once a rank: every mode they serve, drops, nodes, node-limited routing.
+        "dp4.tp1.ep/ragged/bf16/t5-0-7-1.d64.f48/e8.k2/gate+shared+latent",
+        "dp4.tp1.ep/padded/bf16/t5-0-7-1.d64.f48/e8.k2/gate+shared+latent",
+        "dp2.tp2.ep/ragged/bf16/t7-3.d64.f48/e8.k2/shared",
+        "dp2.tp2.ep/padded/f32/t7-3.d64.f48/e8.k2/shared",
+        "dp2.tp2.ep.native/ragged/f32/t7-4.d64.f48/e8.k2",
+        "dp2.tp2.ep.native/padded/bf16/t7-4.d64.f48/e8.k2",
+        "dp4.tp1.ep.nodes2/ragged/bf16/t5-0-7-1.d64.f48/e8.k3/gate+sigmoid+groups2-1+bias",
+        "dp4.tp1.ep.nodes2/padded/bf16/t5-0-7-1.d64.f48/e12.k4",
+        "dp4.tp1.ep/padded/bf16/t9.d64.f48/e8.k2/hot+capacity0.5",
+        "dp4.tp1.ep/ragged/bf16/t9.d64.f48/e8.k2/hot+maxrows10",
+        "dp2.tp1.ep/ragged/bf16/t1.d64.f48/e2.k2/weightin+sigmoid",
+        "dp3.tp1.ep/padded/bf16/t4.d64.f48/e9.k9",
         # One flag after another, on the modes that could get it wrong.
         "dp2.tp2.ep/allgather/bf16/t6.d64.f48/e8.k3/gate+renorm",
         "dp2.tp2.ep/allgather/bf16/t6.d64.f48/e8.k3/gate+sigmoid",
@@ -90,19 +103,25 @@ def _smoke() -> list[Case]:
 
 
 def _vllm() -> list[Case]:
-    """The grid of vLLM's MoE layer test: its shapes, experts, top-k, layer options and parallel modes, in bf16."""
+    """The grid of vLLM's MoE layer test: its shapes, experts, top-k, layer options and parallel modes, in bf16.
+
+    Every transport that serves the mode takes its part.
+    """
     shapes = ("t1.d256.f128", "t32.d512.f512", "t222.d2048.f1024")
     flags = ("", "gate", "shared", "shared+latent", "shared+gate", "shared+gate+latent")
-    parallel = ("dp1.tp1", "dp1.tp2", "dp1.tp4", "dp2.tp1.ep", "dp4.tp1.ep", "dp2.tp2.ep")
-    return product(
-        {
-            "parallel": parallel,
-            "format": ("bf16",),
-            "sizes": shapes,
-            "routing": [f"e{e}.k{k}" for e in (8, 64) for k in (2, 6)],
-            "flags": flags,
-        }
-    )
+    modes = {
+        ("local",): ("dp1.tp1", "dp1.tp2", "dp1.tp4"),
+        ("allgather", "ragged", "padded"): ("dp2.tp1.ep", "dp4.tp1.ep", "dp2.tp2.ep"),
+    }
+    routing = [f"e{e}.k{k}" for e in (8, 64) for k in (2, 6)]
+    return [
+        case
+        for transports, parallel in modes.items()
+        for case in product(
+            {"parallel": parallel, "transport": transports, "format": ("bf16",), "sizes": shapes, "routing": routing,
+             "flags": flags}
+        )
+    ]  # fmt: skip
 
 
 BUILT_IN = {"smoke": _smoke, "vllm": _vllm}

@@ -108,7 +108,7 @@ def output(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
     """The output per token, expert, rank and element."""
     each = freedom(case)
     error2, variance = (side.error**2).sum(axis=1), side.variance.sum(axis=1)
-    per_token = np.sqrt(error2) / bound(variance, each, model)
+    per_token = _over(np.sqrt(error2), bound(variance, each, model))
     token = int(np.argmax(per_token))
     off = per_token > 1
     detail = f"{_token(case, side, token)} is off by {per_token[token]:.3g} times its bound{_pattern(case, side, off)}"
@@ -121,18 +121,18 @@ def output(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
         tokens = members.sum(axis=0)
         ratio = np.zeros(members.shape[1])
         for i in np.flatnonzero(tokens):
-            ratio[i] = np.sqrt(error2[members[:, i]].sum())
-            ratio[i] /= bound(variance[members[:, i]].sum(), each * tokens[i], model)
+            limit = bound(variance[members[:, i]].sum(), each * tokens[i], model)
+            ratio[i] = _over(np.sqrt(error2[members[:, i]].sum()), limit)
         worst = int(np.argmax(ratio))
         detail = f"tokens of {what} {worst} together are off by {ratio[worst]:.3g} times their bound"
         gates.append(graded("oracle", name, float(ratio[worst]), detail))
 
-    limit = element_bound(side.variance, side.reference.y, model)
-    per_element = np.abs(side.error) / limit
+    limits = element_bound(side.variance, side.reference.y, model)
+    per_element = _over(np.abs(side.error), limits)
     at, column = np.unravel_index(np.argmax(per_element), per_element.shape)
     detail = (
         f"{_token(case, side, int(at))}, column {column}: {side.y[at, column]:.6g}, expected "
-        f"{side.reference.y[at, column]:.6g} within {limit[at, column]:.2g}"
+        f"{side.reference.y[at, column]:.6g} within {limits[at, column]:.2g}"
     )
     gates.append(graded("oracle", name, float(per_element[at, column]), detail))
     return gates
@@ -142,7 +142,7 @@ def between(case: Case, one: tuple[str, Side], other: tuple[str, Side], model: E
     (name, a), (second, b) = one, other
     same = ~(a.exempt | b.exempt)
     limit = math.sqrt(2) * bound(a.variance.sum(axis=1), freedom(case), model)
-    margin = np.where(same, np.linalg.norm(a.y - b.y, axis=1) / limit, 0.0)
+    margin = np.where(same, _over(np.linalg.norm(a.y - b.y, axis=1), limit), 0.0)
     token = int(np.argmax(margin))
     detail = f"{_token(case, a, token)}: they differ by {margin[token]:.3g} times sqrt(2) of the bound"
     return graded("frameworks", f"{name} vs {second}", float(margin[token]), detail)
@@ -164,7 +164,7 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
     histogram = {f"<={high:g}": int(((ulps > low) | (low == 0)).sum() - (ulps > high).sum())
                  for low, high in itertools.pairwise(edges)}  # fmt: skip
     spread = np.sqrt((side.error**2).sum(axis=1) / np.maximum((y**2).sum(axis=1), 1e-300))
-    token = int(np.argmax(np.linalg.norm(side.error, axis=1) / np.sqrt(side.variance.sum(axis=1))))
+    token = int(np.argmax(_over(np.linalg.norm(side.error, axis=1), np.sqrt(side.variance.sum(axis=1)))))
     column = int(np.argmax(np.abs(side.error[token])))
     exempt = int(side.exempt.sum())
     near = 0
@@ -183,6 +183,12 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
                   "ranks": expert_ranks(case, side.ids[token]), "value": float(side.y[token, column]),
                   "expected": float(y[token, column])},
     }  # fmt: skip
+
+
+def _over(error: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Error over bound; where nothing may be off (a token that lost every expert is exactly zero), 0 or infinity."""
+    exact = np.where(error > 0, np.inf, 0.0)
+    return np.divide(error, limit, out=exact, where=limit > 0)
 
 
 def variance(case: Case, reference: Reference) -> np.ndarray:
