@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from parity import grids
-from parity.case import FLAGS, Case
+from parity.case import FLAGS, TRANSPORTS, Case
 
 
 def test_smoke_has_every_mode_dtype_and_flag():
@@ -21,7 +21,7 @@ def test_smoke_has_every_mode_dtype_and_flag():
 
 def test_smoke_has_uneven_and_empty_ranks_in_every_transport():
     cases = grids.load("smoke")
-    for transport in ("local", "allgather"):
+    for transport in TRANSPORTS:
         assert any(0 in case.tokens for case in cases if case.transport == transport)
     assert any(len(set(case.tokens)) > 1 and case.sequence_parallel for case in cases)
     assert any(0 in case.rank_counts and case.native for case in cases)
@@ -29,7 +29,8 @@ def test_smoke_has_uneven_and_empty_ranks_in_every_transport():
 
 def test_vllm_grid_is_the_product_it_says():
     cases = grids.load("vllm")
-    assert len(cases) == 432
+    assert len(cases) == 3 * 72 + 3 * 3 * 72
+    assert {case.transport for case in cases if case.ep} == {"allgather", "ragged", "padded"}
     assert {(case.tokens[0], case.intermediate, case.hidden) for case in cases} == {
         (1, 128, 256), (32, 512, 512), (222, 1024, 2048),
     }  # fmt: skip
