@@ -76,7 +76,7 @@ def test_a_wrong_router_field_is_named_with_its_value_and_what_is_allowed(change
         ({"tp": 2, "transport": "padded"}, "transport='padded' in mode 'TP': allowed is 'local'$"),
         (
             {"tp": 2, "expert_parallel": True, "transport": "ragged"},
-            "transport='ragged' in mode 'EP, SP off': allowed is 'allgather'; with sequence_parallel=True",
+            "transport='ragged' in mode 'EP, SP off': allowed is 'allgather'; 'ragged' needs sequence_parallel=True",
         ),
         ({"dp": 2, "expert_parallel": True, "nodes": 2}, "nodes=2 with transport='allgather' in mode 'DP.EP': allowed"),
         (
