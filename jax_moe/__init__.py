@@ -1,10 +1,16 @@
 """A mixture-of-experts layer in JAX, over any mix of data, tensor, expert and sequence parallelism."""
 
 from jax_moe.activation import Activation as Activation
+from jax_moe.capabilities import ACROSS_NODES as ACROSS_NODES
+from jax_moe.capabilities import CAPABILITIES as CAPABILITIES
+from jax_moe.capabilities import TRANSPORT_DTYPES as TRANSPORT_DTYPES
 from jax_moe.config import MoEConfig as MoEConfig
 from jax_moe.config import ParallelConfig as ParallelConfig
 from jax_moe.config import RouterConfig as RouterConfig
 from jax_moe.config import check as check
+from jax_moe.estimate import Estimate as Estimate
+from jax_moe.estimate import HopEstimate as HopEstimate
+from jax_moe.estimate import estimate as estimate
 from jax_moe.explain import Explanation as Explanation
 from jax_moe.explain import explain as explain
 from jax_moe.layer import moe as moe

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from jax_moe import kernels, layer, sharding
 from jax_moe.config import MoEConfig, ParallelConfig, check
+from jax_moe.estimate import estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Explanation:
       mode: the parallel mode in words.
       sizes: what each rank holds.
       transport: how rows reach their experts.
+      moves: bytes a rank sends for that, and holds.
       kernels: implementation of each operation.
       reductions: where each branch is summed over ranks.
     """
@@ -25,6 +27,7 @@ class Explanation:
     mode: str
     sizes: str
     transport: str
+    moves: str
     kernels: str
     reductions: str
 
@@ -34,12 +37,15 @@ class Explanation:
         return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in dataclasses.fields(self))
 
 
-def explain(config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None = None) -> Explanation:
+def explain(
+    config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None = None, *, tokens_per_rank: int = 1024
+) -> Explanation:
     """Says which parallel mode, transport and kernels a layer will use, and where its sums are completed.
 
     Args:
       config, parallel: the layer and its spread.
       mesh: where it will run; None: on the default platform.
+      tokens_per_rank: rows each rank routes, for the bytes; see `estimate`.
 
     Returns:
       An `Explanation`; print it.
@@ -60,6 +66,7 @@ def explain(config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None = Non
         mode=_mode(parallel),
         sizes=_sizes(config, parallel),
         transport=_transport(parallel),
+        moves=_moves(config, parallel, tokens_per_rank),
         kernels=_kernels(mesh),
         reductions=_reductions(config, parallel),
     )
@@ -96,7 +103,42 @@ def _transport(parallel: ParallelConfig) -> str:
     axes = layer.gathered_axes(parallel)
     if not axes:
         return f"{parallel.transport}: nothing moves, tokens are where their experts are"
-    return f"{parallel.transport} over {' and '.join(axes)}: every token to every rank, sums scattered back"
+    name = f"{parallel.transport} over {' and '.join(axes)}"
+    if parallel.transport == "allgather":
+        return f"{name}: every token to every rank, sums scattered back"
+    text = f"{name}: a token once to each rank that holds any of its experts"
+    if parallel.nodes > 1:
+        text += f", by way of one rank on each of {parallel.nodes} nodes"
+    if parallel.transport == "ragged":
+        text += ", exact sizes" + (f"; a rank accepts {parallel.max_rows} rows" if parallel.max_rows else "")
+    else:
+        slots = f"; slots for {parallel.capacity_factor:g} times an even spread" if parallel.capacity_factor else ""
+        text += ", in slots for each pair of ranks" + slots
+    return text + "; one row back for each, summed in order of rank"
+
+
+def _moves(config: MoEConfig, parallel: ParallelConfig, tokens_per_rank: int) -> str:
+    costs = estimate(config, parallel, tokens_per_rank)
+    about = "" if costs.exact else "about "
+    parts = []
+    for hop, where in zip(
+        costs.hops, ("across nodes", "inside the node") if parallel.nodes > 1 else ("",), strict=True
+    ):
+        parts.append(
+            f"{where + ': ' if where else ''}dispatch sends {about}{_bytes(hop.dispatch_bytes)} in "
+            f"{hop.dispatch_messages} messages, combine {about}{_bytes(hop.combine_bytes)} in {hop.combine_messages}, "
+            f"buffers hold {_bytes(hop.buffer_bytes)}"
+        )
+    note = "" if costs.exact else "; if routing is uniform"
+    return f"each rank, for {tokens_per_rank} tokens of its own: " + "; ".join(parts) + note
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def _kernels(mesh: Mesh | None) -> str:

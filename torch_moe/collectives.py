@@ -108,13 +108,13 @@ def exchange_integers(values_N: Tensor, group: ProcessGroup | None) -> Tensor:
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, send, receive, group):
-        ctx.sizes, ctx.group = (receive, send), group
+        ctx.send, ctx.receive, ctx.group = send, receive, group
         return _all_to_all(x, send, receive, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _all_to_all(grad, *ctx.sizes, ctx.group), None, None, None
+        return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -233,8 +233,7 @@ def all_to_all_rows(
     """
     if group is None:
         return x
-    sizes = (None, None) if send is None or receive is None else (tuple(send), tuple(receive))
-    return _AllToAll.apply(x, *sizes, group)
+    return _AllToAll.apply(x, send, receive, group)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -240,7 +240,7 @@ class ParallelConfig:
             allowed = ", ".join(map(repr, serving(mode)))
             why = ""
             if name in ACROSS_NODES and self.expert_parallel:
-                why = "; with sequence_parallel=True ranks have tokens of their own and 'ragged' and 'padded' too"
+                why = f"; {name!r} needs sequence_parallel=True with tp={self.tp}, so that ranks differ in their tokens"
             raise ValueError(f"transport={name!r} in mode {mode!r}: allowed is {allowed}{why}")
         self._check_transport_options(name)
 

@@ -105,9 +105,9 @@ def find_ranks(parallel: ParallelConfig, mesh: DeviceMesh | None) -> Ranks:
             raise ValueError(f"device_mesh=None: allowed is a mesh of {allowed}")
         alone = (Axis(group=None, ranks=1, index=0),)
         return Ranks(dp_index=0, tp_index=0, dp=None, tp=None, world=None, levels=alone)
-    shape, names = tuple(mesh.shape), mesh.mesh_dim_names
-    if shape != tuple(axes.values()) or names != tuple(axes):
-        raise ValueError(f"device_mesh of shape {shape} with axes {names}: allowed is {allowed}")
+    shape, names = tuple(mesh.shape), tuple(axes)
+    if shape != tuple(axes.values()) or mesh.mesh_dim_names != names:
+        raise ValueError(f"device_mesh of shape {shape} with axes {mesh.mesh_dim_names}: allowed is {allowed}")
     world = _joined(mesh, names)
     # A group orders its ranks by number, so only then is a place in the group dp_index * tp + tp_index.
     if world is not None and dist.get_process_group_ranks(world) != mesh.mesh.flatten().tolist():

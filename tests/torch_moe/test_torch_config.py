@@ -66,9 +66,41 @@ def test_a_wrong_router_field_is_named_with_its_value_and_what_is_allowed(change
         ({"dp": 2, "expert_parallel": True, "sequence_parallel": True}, "sequence_parallel=True: .* tp=1"),
         ({"token_layout": "tp"}, "token_layout='tp': allowed are 'dp', 'dp_tp'"),
         ({"tp": 2, "token_layout": "dp_tp"}, "token_layout='dp_tp': allowed only with sequence parallelism"),
-        ({"dp": 2, "transport": "allgather"}, "transport='allgather': allowed without expert_parallel is 'local'"),
-        ({"dp": 2, "expert_parallel": True, "transport": "local"}, "transport='local': allowed with ep=2"),
-        ({"transport": "ragged"}, "transport='ragged': allowed are 'local', 'allgather'"),
+        ({"dp": 2, "transport": "allgather"}, "transport='allgather' in mode 'DP': allowed is 'local'$"),
+        (
+            {"dp": 2, "expert_parallel": True, "transport": "local"},
+            "transport='local' in mode 'DP.EP': allowed is 'allgather', 'ragged', 'padded'",
+        ),
+        ({"transport": "ring"}, "transport='ring': allowed are 'local', 'allgather', 'ragged', 'padded'"),
+        ({"transport": "ragged"}, "transport='ragged' in mode 'single': allowed is 'local'$"),
+        ({"tp": 2, "transport": "padded"}, "transport='padded' in mode 'TP': allowed is 'local'$"),
+        (
+            {"tp": 2, "expert_parallel": True, "transport": "ragged"},
+            "transport='ragged' in mode 'EP, SP off': allowed is 'allgather'; 'ragged' needs sequence_parallel=True",
+        ),
+        ({"dp": 2, "expert_parallel": True, "nodes": 2}, "nodes=2 with transport='allgather' in mode 'DP.EP': allowed"),
+        (
+            {"dp": 2, "nodes": 2},
+            "nodes=2 with transport='local' in mode 'DP': allowed transports are 'padded', 'ragged'",
+        ),
+        (
+            {"dp": 4, "expert_parallel": True, "transport": "ragged", "nodes": 3},
+            "nodes=3: allowed are divisors of dp=4",
+        ),
+        ({"dp": 4, "expert_parallel": True, "transport": "ragged", "nodes": 0}, "nodes=0: allowed"),
+        (
+            {"dp": 2, "expert_parallel": True, "transport": "ragged", "capacity_factor": 1.0},
+            "capacity_factor=1.0 with transport='ragged' in mode 'DP.EP': allowed is transport='padded'",
+        ),
+        ({"max_rows": 4}, "max_rows=4 with transport='local' in mode 'single': allowed is transport='ragged'"),
+        (
+            {"dp": 2, "expert_parallel": True, "transport": "padded", "capacity_factor": 0.0},
+            "capacity_factor=0.0: allowed is a finite positive number",
+        ),
+        (
+            {"dp": 2, "expert_parallel": True, "transport": "ragged", "max_rows": 0},
+            "max_rows=0: allowed is a whole number of at least 1",
+        ),
     ],
 )
 def test_a_contradiction_between_parallel_fields_is_an_error(changes, message):

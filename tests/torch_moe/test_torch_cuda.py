@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_dense as dense
-from torch_modes import MODES, backward_on_rank, forward_on_rank, holder, holders, random_tokens
+from torch_modes import MODES, TRANSPORTS, backward_on_rank, forward_on_rank, holder, holders, random_tokens
 from torch_ranks import RankPool
 
 from torch_moe import MoE, MoEConfig, ParallelConfig, RouterConfig
@@ -134,6 +134,25 @@ def test_ties_go_to_the_lowest_indices_on_cuda_too():
     assert trace.topk_ids.unique(dim=0).tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_padded_never_makes_the_host_wait(weight_on_input):
+    router = dataclasses.replace(CONFIG.router, weight_on_input=weight_on_input)
+    config = dataclasses.replace(CONFIG, router=router)
+    parallel = ParallelConfig(expert_parallel=True, transport="padded", capacity_factor=0.2)
+    moe = MoE(config, parallel, device="cuda")
+    moe.load_params(dense.random_params(config))
+    x = torch.randn(50, 64, device="cuda", dtype=torch.bfloat16)
+    expected, trace = moe(x, trace=True)
+    assert int(trace.dropped) == 20  # ceil(0.2 * 50 * 3) slots
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = moe(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
 def many_ranks() -> int:
     if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
         return 4
@@ -157,11 +176,15 @@ TWO = {
     "tp2.ep.nosp": ParallelConfig(tp=2, expert_parallel=True),
     "tp2.ep.sp": ParallelConfig(tp=2, expert_parallel=True, sequence_parallel=True),
     "tp2.ep.native": ParallelConfig(tp=2, expert_parallel=True, sequence_parallel=True, token_layout="dp_tp"),
+    "dp2.ep/ragged": ParallelConfig(dp=2, expert_parallel=True, transport="ragged"),
+    "dp2.ep/padded": ParallelConfig(dp=2, expert_parallel=True, transport="padded"),
+    "dp2.ep.nodes2/ragged": ParallelConfig(dp=2, expert_parallel=True, transport="ragged", nodes=2),
+    "dp2.ep.nodes2/padded": ParallelConfig(dp=2, expert_parallel=True, transport="padded", nodes=2),
 }
 
 
 def modes_here():
-    return MODES if many_ranks() == 4 else TWO
+    return MODES | TRANSPORTS if many_ranks() == 4 else TWO
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

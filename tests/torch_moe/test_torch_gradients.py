@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch_dense as dense
-from torch_modes import MODES, backward_on_rank, holder, holders, random_tokens
+from torch_modes import MODES, TRANSPORTS, backward_on_rank, holder, holders, random_tokens
 
 from torch_moe import MoE, MoEConfig, RouterConfig
 from torch_moe.params import local_part
@@ -57,10 +57,20 @@ def compare(found, expected, what):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * scale, err_msg=what)
 
 
+ALL = MODES | TRANSPORTS
+COPYING = (
+    "dp4.ep/ragged",
+    "dp2.tp2.ep/padded",
+    "dp2.tp2.ep.native/ragged",
+    "dp4.ep.nodes2/ragged",
+    "dp4.ep.nodes2/padded",
+)
+
+
 @pytest.mark.parametrize("config", [PLAIN, CONFIG, ON_INPUT], ids=["plain", "everything", "weight on input"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *COPYING])
 def test_gradients_of_four_ranks_are_those_of_one(pool, mode, config):
-    parallel = MODES[mode]
+    parallel = ALL[mode]
     counts, sizes = [5, 0, 7, 2][: holders(parallel)], [6, 0, 7, 4][: holders(parallel)]
     arrays, rng = random_tokens(config, sizes), np.random.default_rng(4)
     for x, count in zip(arrays, counts, strict=True):

@@ -47,7 +47,7 @@ def test_in_the_native_layout_each_rank_has_its_own():
 
 
 def test_the_dense_index_numbers_real_rows_from_the_offset():
-    layout = TokenLayout(array_rows=5, own_rows=3, own_real=1, sizes=(3, 1), offset=3)
+    layout = TokenLayout(array_rows=5, own_rows=3, own_real=1, sizes=(3, 1), most_rows=3, offset=3)
     assert layout.dense_index(torch.device("cpu")).tolist() == [3, -1, -1]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from torch_moe import transport
-from torch_moe.transport.base import Exchange, Placement
+from torch_moe.transport.base import Exchange, Placement, weigh
 
 SIZES = (3, 0, 4, 2)
 EXPERTS, TOP_K, WIDTH = 8, 3, 5
@@ -21,27 +21,29 @@ def batch():
 
 def local(weight_on_input=False):
     x, ids, weights = batch()
-    return transport.local.dispatch(
-        x,
+    rows, handle = transport.local.dispatch(
+        {"values": x},
         ids,
         weights,
         placement=Placement(num_experts=EXPERTS, first_expert=0, local_experts=EXPERTS),
         exchange=Exchange(group=None, sizes=(len(x),)),
         weight_on_input=weight_on_input,
     )
+    return weigh(rows["values"], handle), handle
 
 
 def allgather_on_rank(rank, weight_on_input):
     own = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
     x, ids, weights = (value[own] for value in batch())
     rows, handle = transport.allgather.dispatch(
-        x,
+        {"values": x},
         ids,
         weights,
         placement=Placement(num_experts=EXPERTS, first_expert=2 * rank, local_experts=2),
         exchange=Exchange(group=dist.group.WORLD, sizes=SIZES),
         weight_on_input=weight_on_input,
     )
+    rows = weigh(rows["values"], handle)
     expert = torch.repeat_interleave(2 * rank + torch.arange(2), handle.plan.group_sizes)
     combined = transport.allgather.combine(rows * (expert[:, None] + 1), handle)
     return rows.numpy(), handle.plan.group_sizes.numpy(), combined.numpy()
@@ -79,8 +81,9 @@ def test_a_sentinel_in_the_ids_is_routed_nowhere():
     x[4] = float("nan")
     weights[4] = float("nan")
     rows, handle = transport.local.dispatch(
-        x, ids, weights, placement=placement, exchange=Exchange(group=None, sizes=(len(x),))
+        {"values": x}, ids, weights, placement=placement, exchange=Exchange(group=None, sizes=(len(x),))
     )
+    rows = rows["values"]
     assert handle.num_rows == (len(x) - 1) * TOP_K == len(rows)
     y = transport.local.combine(rows, handle)
     assert not y[4].any()
@@ -90,7 +93,7 @@ def test_a_sentinel_in_the_ids_is_routed_nowhere():
 def test_more_rows_than_the_bound_are_an_error():
     with pytest.raises(ValueError, match="topk_ids ask for 2 rows: allowed are 1, with no expert twice for a token"):
         transport.allgather.dispatch(
-            torch.zeros(1, 4),
+            {"values": torch.zeros(1, 4)},
             torch.tensor([[3, 3]]),
             torch.ones(1, 2),
             placement=Placement(num_experts=4, first_expert=3, local_experts=1),

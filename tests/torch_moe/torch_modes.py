@@ -23,6 +23,15 @@ MODES = {
     "tp4.ep.native": ParallelConfig(tp=4, expert_parallel=True, sequence_parallel=True, token_layout="dp_tp"),
 }
 
+TRANSPORTS = {
+    f"{mode}{across}/{transport}": dataclasses.replace(MODES[mode], transport=transport, nodes=nodes)
+    for mode in ("dp4.ep", "dp2.tp2.ep", "dp2.tp2.ep.native", "tp4.ep.sp")
+    for transport in ("ragged", "padded")
+    for across, nodes in (("", 1), (".nodes2", 2))
+    if MODES[mode].dp % nodes == 0
+}
+"""Every mode that ragged and padded serve, on one node and on two."""
+
 
 def holders(parallel: ParallelConfig) -> int:
     """How many sets of tokens there are; tp ranks share one, except in the native layout."""
@@ -38,9 +47,15 @@ def device_type() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-@functools.cache
 def mesh_of(parallel: ParallelConfig):
-    """One mesh for all tests of a mode: its groups would otherwise pile up in a rank that serves many tests."""
+    return _mesh_of_shape(parallel.dp, parallel.tp, parallel.nodes)
+
+
+@functools.cache
+def _mesh_of_shape(dp: int, tp: int, nodes: int):
+    """One mesh for all tests of a shape: its groups would otherwise pile up in a rank that serves many tests."""
+    transport = "ragged" if nodes > 1 else None
+    parallel = ParallelConfig(dp=dp, tp=tp, nodes=nodes, expert_parallel=nodes > 1, transport=transport)
     return make_mesh(parallel, device_type())
 
 
