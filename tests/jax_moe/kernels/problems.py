@@ -61,7 +61,7 @@ def activated(gate_up: np.ndarray, activation: Activation) -> np.ndarray:
         return gate * sigmoid(activation.alpha * gate) * up
     h = {
         "silu": lambda v: v * sigmoid(v),
-        "gelu": lambda v: 0.5 * v * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
+        "gelu": lambda v: 0.5 * v * (1 + np.vectorize(math.erf, otypes=[float])(v / math.sqrt(2))),
         "gelu_tanh": lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
         "relu2": lambda v: np.maximum(v, 0) ** 2,
     }[activation.name](gate)
