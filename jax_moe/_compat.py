@@ -1,8 +1,8 @@
 """The places where JAX versions differ, or where code must work with and without varying-axes types.
 
-Inside `jax.shard_map` with `check_vma=True` each value's type lists the mesh axes it varies over, loops want their carry
-to start with the type it ends with, and a replicated output must be seen to be one. With `check_vma=False` the list is
-empty and everything here does nothing. `moe_local` runs in shard_maps of either kind.
+Inside `jax.shard_map` with `check_vma=True` each value's type lists the mesh axes it varies over, loops want their
+carry to start with the type it ends with, and a replicated output must be seen to be one. With `check_vma=False` the
+list is empty and everything here does nothing. `moe_local` runs in shard_maps of either kind.
 """
 
 from __future__ import annotations

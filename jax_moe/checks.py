@@ -1,4 +1,4 @@
-"""Arguments of the layer, checked before anything is launched: shapes and dtypes, and values only where they are at hand."""
+"""Arguments of the layer, checked before anything is launched; values only where they are at hand."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class MoEConfig:
       intermediate_size: width inside a routed expert, F.
       activation: gated: "silu", "gelu", "gelu_tanh", "swigluoai"; ungated: "silu", "gelu", "relu2".
       gated: an expert has a gate and an up projection (2F rows), else only an up projection (F rows).
-      gate_up_layout: how the 2F rows lie: "concatenated" (gate rows, then up rows) or "interleaved" (g0, u0, g1, u1...).
+      gate_up_layout: how the 2F rows lie: "concatenated" (gate, then up) or "interleaved" (g0, u0, g1, u1...).
       swiglu_alpha, swiglu_limit: of "swigluoai".
       expert_bias: experts have biases on both projections.
       num_shared_experts: shared experts, run as one FFN on every token.

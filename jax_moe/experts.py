@@ -1,7 +1,7 @@
 """The routed experts on the rows of this rank: first projection and activation, then the second projection.
 
-Shape suffixes: R rows on this rank, sorted by expert, e experts held by this rank, W expert width, F expert intermediate
-size (its part on this rank), M rows of the first projection (2F gated, F not).
+Shape suffixes: R rows on this rank, sorted by expert, e experts held by this rank, W expert width, F expert
+intermediate size (its part on this rank), M rows of the first projection (2F gated, F not).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def down(
       h_RF: (R, F), sorted by expert.
       params: this rank's experts.
       group_sizes_e: (e,) rows of each.
-      adds_bias: whether this rank is the one that adds the bias; may be traced. When F is split over ranks their results
-        are summed, and one of them brings the bias.
+      adds_bias: whether this rank is the one that adds the bias; may be traced. When F is split over ranks their
+        results are summed, and one of them brings the bias.
       implementation: of the kernels.
 
     Returns:

@@ -5,13 +5,14 @@ The only place with `shard_map`, and with the reductions of the layer (a transpo
 Shape suffixes: T rows of the whole batch, t rows on this shard, c rows this rank routes (t, or its sequence-parallel
 chunk), D hidden size, W expert width, E experts, K experts per token, R rows of this rank's experts.
 
-A branch (routed, shared) is partial over some mesh axes, says so, and is summed over them exactly once. Sums across ranks
-are carried in float32 and the layer's output is rounded once.
+A branch (routed, shared) is partial over some mesh axes, says so, and is summed over them exactly once. Sums across
+ranks are carried in float32 and the layer's output is rounded once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def moe(
     implementation: str | None = None,
     trace: bool = False,
 ) -> Any:
-    """Mixture-of-experts layer over a mesh, with global arrays. Call it under `jax.jit`: eagerly it runs op by op.
+    """Mixture-of-experts layer over a mesh, with global arrays. Compiled once for each configuration and shape.
 
     Args:
       params: from `shard` for the same config, parallel and mesh.
@@ -92,13 +93,25 @@ def moe(
     implementation = for_platform(implementation, mesh.devices.flat[0].platform)
     checks.implementation(implementation)
 
+    counts = counts if counts is None else jnp.asarray(counts)
+    return _compiled(params, x_TD, given, counts, config, parallel, mesh, implementation, trace)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+def _compiled(
+    params: MoEParams,
+    x_TD: Array,
+    given: dict[str, Array],
+    counts: Array | None,
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    implementation: str | None,
+    trace: bool,
+) -> Any:
+    """The layer over the mesh; arguments are checked. Under an outer jit this is traced once for all equal layers."""
     rows = PartitionSpec(parallel.token_axes)
-    in_specs = (
-        sharding.param_specs(config, parallel),
-        rows,
-        dict.fromkeys(given, rows),
-        PartitionSpec(),
-    )
+    in_specs = (sharding.param_specs(config, parallel), rows, dict.fromkeys(given, rows), PartitionSpec())
     out_specs = (rows, PartitionSpec(parallel.mesh_axes)) if trace else rows
 
     def local(params: MoEParams, x_tD: Array, given: dict[str, Array], counts: Array | None) -> Any:
@@ -106,7 +119,7 @@ def moe(
 
     # Types of varying axes are left off: kernels need not state them, and gradients come out the same.
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return mapped(params, x_TD, given, counts if counts is None else jnp.asarray(counts))
+    return mapped(params, x_TD, given, counts)
 
 
 def moe_local(

@@ -14,8 +14,8 @@ from jax_moe._typing import Array, Float, Float32
 def operand(x: Array) -> Array:
     """Prepares one operand of a product that accumulates in float32.
 
-    On CPU bfloat16 is widened first: the product of two bfloat16 values is exact in float32, so nothing but the order of
-    the sum depends on it. Elsewhere the matrix units take bfloat16 as it is.
+    On CPU bfloat16 is widened first: the product of two bfloat16 values is exact in float32, so nothing but the order
+    of the sum depends on it. Elsewhere the matrix units take bfloat16 as it is.
     """
     return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
 

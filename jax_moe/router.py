@@ -39,8 +39,8 @@ def route(
 ) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
     """Chooses experts and weighs them.
 
-    Scores are a softmax over all experts or a sigmoid of each. Choice is by score plus bias; with groups, first the best
-    groups are kept, a group's score being its best selection score, or with a bias the sum of its best two (as in
+    Scores are a softmax over all experts or a sigmoid of each. Choice is by score plus bias; with groups, first the
+    best groups are kept, a group's score being its best selection score, or with a bias the sum of its best two (as in
     DeepSeek-V3). Weights are the chosen experts' scores without the bias, renormalized if asked, then scaled.
 
     Args:

@@ -1,7 +1,7 @@
 """Which rows are real tokens, on every rank, from the counts alone.
 
-Shape suffixes: t rows of x on this shard, c rows this rank routes (t, or its sequence-parallel chunk), n ranks that route
-different tokens (dp, or dp * tp under sequence parallelism), in rank order.
+Shape suffixes: t rows of x on this shard, c rows this rank routes (t, or its sequence-parallel chunk), n ranks that
+route different tokens (dp, or dp * tp under sequence parallelism), in rank order.
 
 Every rank derives the same numbers from the same counts, without asking another.
 

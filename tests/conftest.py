@@ -11,3 +11,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+from hypothesis import settings  # noqa: E402 - after the environment, like everything that may import JAX
+
+settings.register_profile("steady", deadline=None)  # a busy machine is no failure
+settings.load_profile("steady")

@@ -1,5 +1,7 @@
 """What the Hopper kernels do with an accumulator: activation in float32, and stores of part of a tile."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -10,6 +12,13 @@ try:  # lowering helpers for the stores; present wherever Mosaic GPU is
     from jax.experimental.mosaic.gpu import utils as mgpu_utils
 except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dialects
     raise NotImplementedError("this jaxlib has no Mosaic GPU dialects") from error
+
+
+def load_bias(ref, *, reduced: int) -> jax.Array:
+    """A vector from global memory in the layout of an accumulator's rows (reduced=1) or columns (reduced=0)."""
+    # Before 0.11 the index is a required argument, since then a deprecated one.
+    index = () if inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty else (None,)
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(reduced), optimized=False)
 
 
 def erfc(x: jax.Array) -> jax.Array:

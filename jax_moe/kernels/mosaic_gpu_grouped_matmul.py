@@ -189,7 +189,8 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
             """64 whole rows through shared memory, 64 columns at a time; zeros where there is no value."""
             for c in range(width // 64):
                 if value is None:
-                    block = plgpu.layout_cast(jnp.full((64, 64), 0.0, out_ref.dtype), plgpu.Layout.WGMMA)
+                    block = jnp.full((64, 64), 0.0, out_ref.dtype)
+                    block = block if interpret else plgpu.layout_cast(block, plgpu.Layout.WGMMA)
                 else:
                     block = value[:, c * 64 : (c + 1) * 64]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -238,7 +239,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
             if has_bias:
                 for part in range(parts):
                     source = bias_ref.at[work.expert, part, pl.ds(column, width)]
-                    bias = plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    bias = epilogue.load_bias(source, reduced=0)
                     values[part] += lax.broadcast_in_dim(bias, (64, width), (1,))
             value = values[0]
             if activation is not None:

@@ -131,7 +131,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
             @pl.when(work.zeros)
             def _zeros():
                 zeros = jnp.full((out_columns, tile.rows), 0.0, out_ref.dtype)
-                store(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), work)
+                store(zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), work)
 
             @pl.when(jnp.logical_not(work.zeros))
             def _matmul():
@@ -159,7 +159,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 if has_bias:
                     for p in range(len(parts)):
                         source = bias_ref.at[work.expert, p, pl.ds(work.column * out_columns, out_columns)]
-                        bias = plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                        bias = epilogue.load_bias(source, reduced=1)
                         parts[p] += lax.broadcast_in_dim(bias, (out_columns, tile.rows), (0,))
                 value = parts[0]
                 if activation is not None:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_moe as jm
+from jax_moe import layer
 
 from . import dense
 from .layers import MODES, PLAIN, RICH, SHARED, arrays, compiled, num_shards, real_rows, run, sharded, tokens
@@ -202,15 +203,16 @@ def test_the_trace_of_no_rows_has_the_shapes_of_any_other(trace_of):
     assert none.group_sizes.shape == some.group_sizes.shape
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+LOCAL = ("one rank", "dp2.tp2", "dp2.ep", "dp2.tp2.ep", "dp2.tp2.ep.nosp", "dp2.tp2.ep.native")
+
+
 @pytest.mark.parametrize(
-    "mode", ["one rank", "dp2.tp2", "dp2.ep", "dp2.tp2.ep", "dp2.tp2.ep.nosp", "dp2.tp2.ep.native"]
+    ("mode", "check_vma"), [(mode, True) for mode in LOCAL] + [("dp2.tp2.ep", False), ("dp2.tp2.ep.nosp", False)]
 )
 def test_moe_local_in_a_shard_map_of_ones_own_is_moe(mode, check_vma):
     parallel = MODES[mode]
     params, mesh = sharded(RICH, parallel)
-    counts = uneven(parallel)
-    x = tokens(ROWS * num_shards(parallel), 16)
+    counts, x, _ = padded(parallel)
     rows = P(("dp", "tp")) if parallel.native else P("dp")
 
     def body(params, x, counts):
@@ -225,10 +227,7 @@ def test_moe_local_in_a_shard_map_of_ones_own_is_moe(mode, check_vma):
 @pytest.mark.parametrize("mode", ["one rank", "dp2.tp2", "dp2.tp2.ep", "dp2.tp2.ep.nosp", "dp2.tp2.ep.native"])
 def test_gradients_are_those_of_one_rank_and_of_finite_differences(mode):
     parallel, config = MODES[mode], RICH
-    counts = uneven(parallel)
-    real = real_rows(counts, ROWS)
-    x = tokens(len(real), 16)
-    x[~real] = np.nan
+    counts, x, real = padded(parallel)
     weigh = tokens(len(real), 16, seed=9)
     params, mesh = sharded(config, parallel)
 
@@ -262,12 +261,15 @@ def test_gradients_are_those_of_one_rank_and_of_finite_differences(mode):
         assert actual == pytest.approx(slope, rel=2e-3, abs=2e-3), name
 
 
-@pytest.mark.slow
-def test_eagerly_the_layer_is_what_it_is_under_jit():
-    params, mesh = sharded(PLAIN, MODES["dp2.ep"])
+def test_without_a_jit_around_it_the_layer_is_compiled_once():
+    parallel = MODES["dp2.ep"]
+    params, mesh = sharded(PLAIN, parallel)
     x = tokens(4, 16)
-    y = jm.moe(params, x, config=PLAIN, parallel=MODES["dp2.ep"], mesh=mesh)
-    np.testing.assert_allclose(y, run(PLAIN, MODES["dp2.ep"], x), rtol=1e-6, atol=1e-6)
+    before = layer._compiled._cache_size()
+    for _ in range(2):
+        y = jm.moe(params, x, config=PLAIN, parallel=parallel, mesh=mesh)
+        np.testing.assert_allclose(y, dense.layer(arrays(PLAIN), x, PLAIN), **NARROW)
+    assert layer._compiled._cache_size() == before + 1
 
 
 def test_a_repeated_run_is_equal_bit_for_bit():

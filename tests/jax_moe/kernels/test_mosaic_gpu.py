@@ -1,0 +1,61 @@
+"""The Hopper kernels without a GPU: they lower for CUDA, and the GPU interpreter computes the float64 formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_moe.kernels import mosaic_gpu_grouped_matmul as wide
+from jax_moe.kernels import mosaic_gpu_small_groups as small
+from jax_moe.kernels.schedule import make_schedule
+from tests.jax_moe.kernels.problems import ACTIVATIONS, assert_right, expected, operands
+
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason="the GPU interpreter of this JAX cannot transpose references; that of 0.11 can",
+)
+
+
+def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None):
+    schedule = make_schedule(sizes, rows=x.shape[0], tile=tile.rows)
+    return kernel.grouped_matmul(x, w, schedule, activation=activation, bias=bias, tile=tile, interpret=interpret)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "interleaved", "relu2"])
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [(wide, wide.Tile()), (wide, wide.Tile(rows=64)), (wide, wide.Tile(pair=True)), (small, small.Tile(rows=16))],
+    ids=["128 rows", "64 rows", "pairs", "small groups"],
+)
+def test_kernels_lower_for_cuda(kernel, tile, activation):
+    # 8 times odd: edges of every kind, in rows, columns and depth.
+    x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True)
+    run = functools.partial(multiply, kernel, tile, activation=activation and ACTIVATIONS[activation])
+    program = jax.jit(run).trace(x, w, sizes, bias).lower(lowering_platforms=("cuda",)).as_text()
+    suffix = "_small" if kernel is small else ""
+    name = ("moe_grouped_matmul" if activation is None else "moe_gate_up") + suffix
+    assert f"{name}_mosaic_gpu" in program or name in program
+    assert "mosaic_gpu" in program
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("kernel", "tile", "sizes", "depth", "weight_rows", "activation", "bias"),
+    [
+        (wide, wide.Tile(stages=2), [130, 0, 40], 72, 264, None, False),
+        (wide, wide.Tile(stages=2, pair=True), [129, 5], 72, 272, "interleaved", True),
+        (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False),
+        (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True),
+    ],
+    ids=["128 rows", "pairs", "64 rows", "small groups"],
+)
+def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias):
+    x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias)
+    total = int(sizes.sum())
+    if x.shape[0] < tile.rows:
+        x = jnp.pad(x, ((0, tile.rows - x.shape[0]), (0, 0)))
+    activation = activation and ACTIVATIONS[activation]
+    got = multiply(kernel, tile, x, w, sizes, bias, activation=activation, interpret=plgpu.InterpretGPUParams())
+    assert_right(got, expected(x, w, sizes, activation=activation, bias=bias), total)

@@ -1,0 +1,37 @@
+"""The work list of the grouped kernels, against a walk over the groups."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe.kernels import tiles
+from jax_moe.kernels.schedule import FIELDS, make_schedule, tile_bound
+
+
+def walked(sizes, rows, tile):
+    sizes = [*sizes, rows - sum(sizes)]
+    records, first, start = [], 0, 0
+    for group, size in enumerate(sizes):
+        count = -(-size // tile)
+        records += [(group, first, count, start, size)] * count
+        first, start = first + count, start + size
+    return [(*record, first) for record in records]
+
+
+@pytest.mark.parametrize("tile", [8, 64, 128])
+@pytest.mark.parametrize("sizes", [[5, 0, 3, 0, 300], [0, 0, 0], [1] * 40, [0, 256, 0], [128, 128], [7]])
+@pytest.mark.parametrize("spare", [0, 5, 200])
+def test_every_tile_has_its_record(sizes, spare, tile):
+    rows = max(sum(sizes) + spare, 1)
+    got = np.asarray(make_schedule(jnp.asarray(sizes, jnp.int32), rows=rows, tile=tile)).reshape(-1, FIELDS)
+    want = walked(sizes, rows, tile)
+    assert len(want) <= len(got) == tile_bound(rows, len(sizes), tile)
+    np.testing.assert_array_equal(got[: len(want), :6], want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "tile_rows"),
+    [(8, 128, 8), (512, 128, 16), (2048, 128, 32), (32768, 256, 64), (65536, 128, 128)],
+)
+def test_the_mean_rows_of_an_expert_decide_the_tile(rows, experts, tile_rows):
+    assert tiles.choose_tile(rows, experts).tile.rows == tile_rows
