@@ -21,7 +21,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from parity.case import Case, CaseError
+from parity.case import ACROSS_NODES, Case, CaseError
 
 PRODUCT_KEYS = ("parallel", "transport", "format", "sizes", "routing", "flags")
 OPTIONAL_KEYS: dict[str, tuple] = {"flags": ("",), "transport": (None,)}
@@ -124,7 +124,38 @@ def _vllm() -> list[Case]:
     ]  # fmt: skip
 
 
-BUILT_IN = {"smoke": _smoke, "vllm": _vllm}
+def _transports() -> list[Case]:
+    """Every transport that crosses ranks on 2, 3, 4 and 8 of them, where one of them could go wrong alone.
+
+    One, three and twelve experts a rank, top-k up to all experts, ranks without tokens, one token in all, every token
+    to one expert, drops, two nodes.
+    """
+    meshes = ("dp2.tp1.ep", "dp3.tp1.ep", "dp4.tp1.ep", "dp8.tp1.ep", "dp1.tp3.ep.sp", "dp2.tp2.ep", "dp2.tp4.ep",
+              "dp2.tp2.ep.native", "dp4.tp1.ep.nodes2", "dp8.tp1.ep.nodes2", "dp2.tp2.ep.nodes2")  # fmt: skip
+    out = []
+    for mesh in meshes:
+        dp, tp = (int(part[2:]) for part in mesh.split(".")[:2])
+        ranks = dp * tp
+        uneven = "-".join(str(count) for count in (11, 0, 5, 1, 0, 9, 2, 3)[:dp])
+        single = "-".join(["0"] * (dp - 1) + ["1"])
+        scenarios = [
+            (f"t{uneven}", f"e{ranks}.k{ranks}", "gate+shared"),
+            (f"t{uneven}", f"e{3 * ranks}.k2", "latent+gate"),
+            (f"t{single}", f"e{12 * ranks}.k6", ""),
+            ("t7", f"e{ranks}.k1", "hot"),
+            ("t7", f"e{2 * ranks}.k2", f"gate+sigmoid+bias+groups{ranks}-{max(1, ranks // 2)}"),
+        ]
+        for transport in ("allgather", "ragged", "padded"):
+            if ".nodes" in mesh and transport not in ACROSS_NODES:
+                continue
+            drops = {"ragged": "hot+maxrows5", "padded": "hot+capacity0.6"}.get(transport)
+            for tokens, routing, flags in [*scenarios, *([("t7", f"e{2 * ranks}.k2", drops)] if drops else [])]:
+                text = f"{mesh}/{transport}/bf16/{tokens}.d64.f48/{routing}"
+                out.append(Case.parse(text + (f"/{flags}" if flags else "")))
+    return out
+
+
+BUILT_IN = {"smoke": _smoke, "vllm": _vllm, "transports": _transports}
 
 
 def product(parts: Mapping[str, Sequence]) -> list[Case]:

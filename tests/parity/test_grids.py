@@ -40,7 +40,20 @@ def test_vllm_grid_is_the_product_it_says():
                      (True, True, False), (True, True, True)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["smoke", "vllm"])
+def test_transports_grid_has_every_transport_on_every_kind_of_mesh():
+    cases = grids.load("transports")
+    for transport in ("allgather", "ragged", "padded"):
+        mine = [case for case in cases if case.transport == transport]
+        assert {case.world for case in mine} == {2, 3, 4, 8}
+        assert {case.experts // case.world for case in mine} >= {1, 3, 12}
+        assert any(case.top_k == case.experts for case in mine)
+        assert any(case.flags.hot for case in mine)
+        assert any(case.total_tokens == 1 for case in mine)
+    assert {case.transport for case in cases if case.nodes > 1} == {"ragged", "padded"}
+    assert {case.transport for case in cases if case.drops} == {"ragged", "padded"}
+
+
+@pytest.mark.parametrize("name", ["smoke", "vllm", "transports"])
 def test_cases_that_share_expert_weights_and_the_oracles_answer_are_neighbours(name):
     cases = grids.load(name)
     for key in (grids._weights_key, lambda case: (grids._weights_key(case), case.logical_id)):
