@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from parity import backends, grids, mutations, report, tolerance
+from parity import backends, delivery, grids, mutations, report, tolerance
 from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
 from parity.verdict import GATES
 
@@ -152,6 +153,7 @@ def test_every_gate_planted_bug_and_built_in_grid_is_described():
     assert bugs == {mutation.name: mutation.gates for mutation in mutations.CATALOG}
     assert set(grids.BUILT_IN) | set(backends.DEFAULT) <= words
     assert f"`vllm` ({len(grids.load('vllm'))} cases)" in text
+    assert f"`transports` ({len(grids.load('transports'))} cases" in text
 
 
 def test_the_capability_table_is_the_one_that_parity_prints():
@@ -159,6 +161,48 @@ def test_the_capability_table_is_the_one_that_parity_prints():
     shown = {row[0]: dict(zip(head[1:], [cell == "yes" for cell in row[1:]], strict=True)) for row in rows}
     assert shown == report.capabilities()
     assert all(cell in ("yes", "-") for row in rows for cell in row[1:])
+
+
+def numbers(text):
+    return [] if text == "none" else [int(word) for word in text.split(", ")]
+
+
+def test_the_worked_drops_are_those_of_the_rules():
+    ids = np.array([numbers(row[1]) for row in table_rows(page("transports.md"), "token")[1:]])
+    homes = [int(row[2]) for row in table_rows(page("transports.md"), "token")[1:]]
+    assert homes == [0, 0, 0, 0, 1, 1, 1]
+    for _, chosen, _, copies in table_rows(page("transports.md"), "token")[1:]:
+        assert sorted({expert // 2 for expert in numbers(chosen)}) == numbers(copies)
+    head, *rows = table_rows(page("transports.md"), "on each rank")
+    for column, flag in enumerate(head[1:], start=1):
+        shown = {row[0]: numbers(row[column]) for row in rows}
+        flag = flag.strip("`")
+        transport = "padded" if flag.startswith("capacity") else "ragged"
+        case = Case.parse(f"dp2.tp1.ep/{transport}/bf16/t4-3.d8.f8/e4.k2/{flag}")
+        ranks = delivery.deliver(case, ids)
+        kept = delivery.kept(case, ids)
+        expected = {f"arrive on rank {rank}": ranks[rank].tokens.tolist() for rank in range(2)}
+        expected["dropped by rank 0, rank 1"] = [rank.dropped for rank in ranks]
+        listed = {int(name.removeprefix("ids left to token ")) for name in shown if name.startswith("ids left")}
+        expected |= {f"ids left to token {token}": ids[token][kept[token]].tolist() for token in listed}
+        assert shown == expected
+        assert kept[[token for token in range(len(ids)) if token not in listed]].all()
+
+
+def test_over_two_nodes_tokens_lie_in_the_order_that_is_stated():
+    case = Case.parse("dp4.tp1.ep.nodes2/ragged/bf16/t1.d8.f8/e4.k4")
+    orders = {tuple(rank.tokens) for rank in delivery.deliver(case, np.tile(np.arange(4), (4, 1)))}
+    assert len(orders) == 1
+    assert "in the order " + ", ".join(map(str, orders.pop())) in page("transports.md")
+
+
+def test_estimates_are_what_the_script_prints():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(DOCS / "estimate_table.py")]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    tables = printed.strip().split("\n\n")
+    assert len(tables) == 5
+    assert [table for table in tables if table not in page("transports.md")] == []
 
 
 def test_the_modes_in_the_table_are_those_of_their_ids():
@@ -192,7 +236,6 @@ def test_the_constants_of_the_error_model_are_the_ones_explained():
 
 def test_the_rms_of_one_rounding_is_what_rounding_shows():
     import ml_dtypes
-    import numpy as np
 
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     error = values.astype(ml_dtypes.bfloat16).astype(np.float64) - values
@@ -201,8 +244,6 @@ def test_the_rms_of_one_rounding_is_what_rounding_shows():
 
 
 def test_the_share_of_pre_activations_is_what_the_slopes_give():
-    import numpy as np
-
     from parity.case import Flags
     from parity.oracle.activation import activate
 
