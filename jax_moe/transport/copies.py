@@ -1,7 +1,7 @@
 """Which copies of its rows a rank sends where: index arithmetic, and moving rows by it within the rank.
 
-Shape suffixes: n rows on this rank, K experts per token, N ranks of the hop, m = min(K, N) the most ranks a row goes to,
-S places in the send buffer.
+Shape suffixes: n rows on this rank, K experts per token, N ranks of the hop, m = min(K, N) the most ranks a row goes
+to, S places in the send buffer.
 
 A row goes once to each rank that owns any of its experts. Worked example: n = 3, K = 3, N = 2, owner N = 2 for none:
 
@@ -97,7 +97,7 @@ def spread(tree: Any, copies: Copies, implementation: str | None = None) -> Any:
 
 
 def collect(tree: Any, copies: Copies, implementation: str | None = None) -> Any:
-    """Sums what came back for each row, in order of rank and in float32: (S, W) to (n, W) for each array of a pytree."""
+    """Sums what came back for each row, in order of rank and in float32: (S, W) to (n, W), each array of a pytree."""
     return jax.tree.map(lambda y: _collect(*match_varying(y, copies.row_S, copies.place_nm), implementation), tree)
 
 
