@@ -19,7 +19,7 @@ CAPABILITIES: Mapping[str, frozenset[str]] = MappingProxyType(
         "padded": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
     }
 )
-"""The parallel modes each transport serves. With `expert_parallel` on one rank, where nothing moves, "local" will do too."""
+"""The parallel modes each transport serves. With experts on one rank, where nothing moves, "local" will do too."""
 
 ACROSS_NODES: frozenset[str] = frozenset({"ragged", "padded"})
 """Transports that can enter a node once and fan out inside (`ParallelConfig.nodes` > 1)."""

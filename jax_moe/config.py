@@ -197,8 +197,8 @@ class ParallelConfig:
         which serves what.
       nodes: groups of dp // nodes neighbouring dp ranks that a token enters once and fans out in; node = dp_index //
         (dp // nodes). Only the transport and the names of the mesh axes depend on it.
-      capacity_factor: "padded" only. Slots from one rank to another, as a multiple of an even spread of the copies; what
-        does not fit is dropped and counted. None: room for all.
+      capacity_factor: "padded" only. Slots from one rank to another, as a multiple of an even spread of the copies;
+        what does not fit is dropped and counted. None: room for all.
       max_rows: "ragged" only. Received copies a rank accepts; the rest is dropped and counted. None: all.
     """
 

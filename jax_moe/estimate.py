@@ -1,7 +1,8 @@
 """What a transport costs, by formula: bytes and messages a rank sends, and bytes of the buffers it holds.
 
-Needs no devices: it is as quick for 1,024 ranks as for two. Shape suffixes: n rows a rank brings to a hop, N ranks of the
-hop, K experts per token, E experts, W expert width, S and R rows of the send and receive buffers, C slots for each pair.
+Needs no devices: it is as quick for 1,024 ranks as for two. Shape suffixes: n rows a rank brings to a hop, N ranks of
+the hop, K experts per token, E experts, W expert width, S and R rows of the send and receive buffers, C slots for each
+pair of ranks.
 
 A row of dispatch is W values and its routing (K ids and K weights, 4 bytes each); a row of combine is W float32. What a
 rank sends to itself costs nothing. Copies sent by one rank in one hop:
@@ -180,7 +181,7 @@ def hit_probability(config: MoEConfig, blocks: int) -> float:
 
 
 def _hit(shared: tuple[int, ...], groups: int, kept: int, eligible: int, top_k: int) -> float:
-    """Chance that K of the `eligible` experts in `kept` groups meet a block that has `shared` experts in some groups."""
+    """Chance that K of the `eligible` experts in `kept` groups meet a block with `shared` experts in some groups."""
     # ways[j, x]: choices of j of those groups that put x of the block's experts among the eligible.
     ways = {(0, 0): 1}
     for experts in shared:

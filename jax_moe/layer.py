@@ -371,7 +371,7 @@ def _make_trace(
     weights_cK: Array,
     handle: transport.Handle | transport.HopsHandle,
 ) -> Trace:
-    """This rank's `Trace`. Collectives: the sum of the load, and where rows came by hops, their tokens' numbers likewise."""
+    """This rank's `Trace`. Collectives: the sum of the load, and after hops the numbers of the tokens that came."""
     dense_nc = tokens.dense_index(tokens.real_counts(rows, counts, parallel), ids_cK.shape[0])
     mine_c = dense_nc[_routing_rank(parallel)]
     if isinstance(handle, transport.HopsHandle):

@@ -106,7 +106,8 @@ class MoE(nn.Module):
     Args:
         config: the layer.
         parallel: how it is spread; one rank by default.
-        device_mesh: `make_mesh(parallel)`, or any mesh of that shape with axes ("dp", "tp"); None for one rank.
+        device_mesh: `make_mesh(parallel)`, or any mesh of its shape and axes: ("dp", "tp"), with nodes
+            ("node", "local", "tp"); None for one rank.
         device: of the parameters; by default the mesh's current device.
 
     Raises:

@@ -109,13 +109,11 @@ def pick_weights(weight_tK: Tensor, row_token_R: Tensor, row_slot_R: Tensor) -> 
     return _take(weight_tK.reshape(-1), flat_R)
 
 
-def gather_rows(
-    x_tW: Float[Tensor, "t W"], row_token_R: Int32[Tensor, " R"], position_tK: Int32[Tensor, "t K"]
-) -> Float[Tensor, "R W"]:
+def gather_rows(x_tW: Tensor, row_token_R: Int32[Tensor, " R"], position_tK: Int32[Tensor, "t K"]) -> Tensor:
     """The row of each token-expert pair.
 
     Args:
-        x_tW: (t, W) tokens, of any further shape.
+        x_tW: (t, W) tokens, or any value of each: (t, ...) of any dtype.
         row_token_R: (R,) int32, the token of each row, -1 for none.
         position_tK: (t, K) int32, the inverse: the row of each token's slot, -1 for none. The gradient uses it.
 

@@ -6,8 +6,8 @@ per token, R rows on this rank.
 `dispatch` brings the rows of this rank's experts here, sorted by expert; `combine` returns each token's weighted sum to
 the rank the token came from. A handle is all that combine knows of dispatch.
 
-Wherever an array of tokens or rows is taken here, so is a pytree of them, all moved alike: a format sends values and their
-scales, and one that quantizes after dispatch sends no scales.
+Wherever an array of tokens or rows is taken here, so is a pytree of them, all moved alike: a format sends values and
+their scales, and one that quantizes after dispatch sends no scales.
 """
 
 from __future__ import annotations

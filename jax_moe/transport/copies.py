@@ -1,7 +1,7 @@
 """Which copies of its rows a rank sends where: index arithmetic, and moving rows by it within the rank.
 
-Shape suffixes: n rows on this rank, K experts per token, N ranks of the hop, m = min(K, N) the most ranks a row goes to,
-S places in the send buffer.
+Shape suffixes: n rows on this rank, K experts per token, N ranks of the hop, m = min(K, N) the most ranks a row goes
+to, S places in the send buffer.
 
 A row goes once to each rank that owns any of its experts. Worked example: n = 3, K = 3, N = 2, owner N = 2 for none:
 
@@ -93,12 +93,12 @@ def spread(tree: Any, copies: Copies, implementation: str | None = None) -> Any:
 
     The gradient sums a row's copies in order of rank, in float32: the same bits each time.
     """
-    return jax.tree.map(lambda x: _spread(*match_varying(x, copies.row_S, copies.place_nm), implementation), tree)
+    return jax.tree.map(lambda x: _spread(x, copies, implementation), tree)
 
 
 def collect(tree: Any, copies: Copies, implementation: str | None = None) -> Any:
-    """Sums what came back for each row, in order of rank and in float32: (S, W) to (n, W) for each array of a pytree."""
-    return jax.tree.map(lambda y: _collect(*match_varying(y, copies.row_S, copies.place_nm), implementation), tree)
+    """Sums what came back for each row, in order of rank and in float32: (S, W) to (n, W), each array of a pytree."""
+    return jax.tree.map(lambda y: _collect(y, copies, implementation), tree)
 
 
 def _gather(x: Array, row_S: Array, implementation: str | None) -> Array:
@@ -112,7 +112,8 @@ def _sum(y_SW: Array, place_nm: Array, implementation: str | None) -> Float32[Ar
     return kernels.combine_rows(y_SW, place_nm, ones_nm, implementation=implementation)
 
 
-def _spread(x: Array, row_S: Array, place_nm: Array, implementation: str | None) -> Array:
+def _spread(x: Array, copies: Copies, implementation: str | None) -> Array:
+    x, row_S, place_nm = match_varying(x, copies.row_S, copies.place_nm)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _gather(x, row_S, implementation)
     shape, dtype = x.shape, x.dtype
@@ -129,7 +130,8 @@ def _spread(x: Array, row_S: Array, place_nm: Array, implementation: str | None)
     return run(x, row_S, place_nm)
 
 
-def _collect(y_SW: Array, row_S: Array, place_nm: Array, implementation: str | None) -> Float32[Array, "n W"]:
+def _collect(y_SW: Array, copies: Copies, implementation: str | None) -> Float32[Array, "n W"]:
+    y_SW, row_S, place_nm = match_varying(y_SW, copies.row_S, copies.place_nm)
     dtype = y_SW.dtype
 
     @jax.custom_vjp

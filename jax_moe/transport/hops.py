@@ -1,14 +1,16 @@
 """A dispatch by hops: each token goes once to each rank of a hop that holds any of its experts, and one row comes back.
 
-Shape suffixes: t rows this rank routes, n rows a rank brings to a hop or has received by one, K experts per token, N ranks
-of a hop, W expert width, R rows of this rank's experts.
+Shape suffixes: t rows this rank routes, n rows a rank brings to a hop or has received by the last, r rows it has
+received by this one, K experts per token, N ranks of a hop, W expert width, R rows of this rank's experts.
 
-With one hop, tokens go straight to their experts' ranks. With two they cross to each node that holds any of their experts,
-to the rank with the same place in it, and fan out there. "ragged" and "padded" differ only in a hop's lane (`lanes`).
+With one hop, tokens go straight to their experts' ranks. With two they cross to each node that holds any of their
+experts, to the rank with the same place in it, and fan out there. "ragged" and "padded" differ only in a hop's lane
+(see `lanes`).
 
 Received rows lie by source rank, then in the source's order; after two hops that is by source in the node, then by the
-token's home node, then by token. An expert's rows lie in this order, and a token's by slot. Each rank sums its experts' rows of
-a token in float32, and a hop back sums what the ranks made of it in order of rank, in float32: the same bits each time.
+token's home node, then by token. An expert's rows lie in this order, and a token's by slot. Each rank sums its experts'
+rows of a token in float32, and a hop back sums what the ranks made of it in order of rank, in float32: the same bits
+each time.
 """
 
 from __future__ import annotations
@@ -114,14 +116,14 @@ def open_hop(
       implementation: of the kernels.
 
     Returns:
-      The hop; ids (r, K) and weights of the r rows received, ids `nobody` where an expert is not beyond this rank, or the
-      row holds nothing; the number of copies dropped.
+      The hop; ids (r, K) and weights (r, K) of the rows received, ids `nobody` where an expert is not beyond this rank
+      or the row holds nothing; the number of copies dropped.
     """
     owner_nK = jnp.where(ids_nK == nobody, ranks, owner(ids_nK))
     places, lane, dropped = open_lane(copies.find_targets(owner_nK, ranks), axes)
     hop = Hop(copies=places, lane=lane)
-    # Ids ride along with the weights, so that there is one small array to move; float32 holds them exactly to 2^24. They
-    # count from one here, since rows that hold nothing are zeros.
+    # Ids ride along with the weights, so that there is one small array to move; float32 holds them exactly to 2^24.
+    # They count from one here, since rows that hold nothing are zeros.
     routing_n2K = jnp.concatenate([(ids_nK + 1).astype(jnp.float32), weights_nK], axis=1)
     ids_rK, weights_rK = jnp.split(send(routing_n2K, hop, implementation), 2, axis=1)
     ids_rK = ids_rK.astype(jnp.int32) - 1

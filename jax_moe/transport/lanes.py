@@ -2,9 +2,9 @@
 
 Shape suffixes: N ranks of the hop, S rows of the send buffer, R rows of the receive buffer.
 
-A lane is a pair of maps over the ranks, `there` (S, ...) to (R, ...) and `back` (R, ...) to (S, ...), each the transpose
-of the other, so that each is the other's gradient. `Slots` exchanges equal blocks, `Segments` exactly as many rows as
-there are. Without axes the hop is within one rank: the same code, and nothing crosses.
+A lane is a pair of maps over the ranks, `there` (S, ...) to (R, ...) and `back` (R, ...) to (S, ...), each the
+transpose of the other, so that each is the other's gradient. `Slots` exchanges equal blocks, `Segments` exactly as many
+rows as there are. Without axes the hop is within one rank: the same code, and nothing crosses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Axes = tuple[str, ...]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """S = R = N * C: rows [d * C, (d + 1) * C) go to rank d, and those of rank s come to lie in [s * C, (s + 1) * C)."""
+    """S = R = N * C: rows [d * C, (d + 1) * C) go to rank d, and those of rank s land at [s * C, (s + 1) * C)."""
 
     axes: Axes
 

@@ -1,9 +1,9 @@
 """Each token goes once to each rank that holds any of its experts, in fixed slots for each pair of ranks.
 
 Nobody asks for sizes: shapes are known when the program is compiled, and an empty slot is known by what is in it.
-`bounds.padded` says how many slots there are. Without a capacity factor every copy has one. With it, the first copies in
-the source's order take the slots of a rank; the others are dropped, with all their experts there, and the source counts
-them.
+`bounds.padded` says how many slots there are. Without a capacity factor every copy has one. With it, the first copies
+in the source's order take the slots of a rank; the others are dropped, with all their experts there, and the source
+counts them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def dispatch(
     weight_on_input: bool = False,
     implementation: str | None = None,
 ) -> tuple[Any, by_hops.HopsHandle]:
-    """See `base.Transport.dispatch`; `hops` are the mesh axes of each hop, and `max_rows` caps what it brings to a rank."""
+    """See `base.Transport.dispatch`; `hops` are the mesh axes of each hop, `max_rows` caps what it brings to a rank."""
 
     def open_lane(targets: Targets, axes: tuple[str, ...]) -> tuple[Copies, lanes.Segments, Array]:
         ranks = targets.sizes_N.shape[0]

@@ -21,7 +21,7 @@ import torch
 
 from torch_moe import collectives
 from torch_moe import rows as row_ops
-from torch_moe._typing import Float, Float32, Int32, Tensor
+from torch_moe._typing import Float32, Int, Int32, Tensor
 from torch_moe.mesh import Axis
 
 Payload = Mapping[str, Tensor]
@@ -105,8 +105,8 @@ def _exact(wanted_nN: Tensor, axis: Axis, max_rows: int | None) -> Hop:
     )
 
 
-def carry(values_n: Float[Tensor, "n ..."], hop: Hop) -> Float[Tensor, "m ..."]:
-    """Moves one value per token as its hop moves tokens; zeros in empty slots."""
+def carry(values_n: Tensor, hop: Hop) -> Tensor:
+    """Moves one value per token, (n, ...) of any dtype, as the hop moves tokens: (m, ...), zeros in empty slots."""
     if values_n.dtype.itemsize == 1 and values_n.is_floating_point():
         # Not every backend gathers or sends eight-bit floats; all take bytes.
         return carry(values_n.view(torch.uint8), hop).view(values_n.dtype)
@@ -116,7 +116,7 @@ def carry(values_n: Float[Tensor, "n ..."], hop: Hop) -> Float[Tensor, "m ..."]:
 
 def send(
     payload: Payload,
-    topk_ids_nK: Int32[Tensor, "n K"],
+    topk_ids_nK: Int[Tensor, "n K"],
     topk_weights_nK: Float32[Tensor, "n K"],
     *,
     axis: Axis,
