@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jax_moe import activation as activations
 from jax_moe import kernels, layer, sharding
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.estimate import estimate
@@ -67,7 +70,7 @@ def explain(
         sizes=_sizes(config, parallel),
         transport=_transport(parallel),
         moves=_moves(config, parallel, tokens_per_rank),
-        kernels=_kernels(mesh),
+        kernels=_kernels(config, parallel, mesh),
         reductions=_reductions(config, parallel),
     )
 
@@ -141,9 +144,23 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _kernels(mesh: Mesh | None) -> str:
+def _kernels(config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None) -> str:
     implementation = None if mesh is None else kernels.for_platform(None, mesh.devices.flat[0].platform)
-    return ", ".join(f"{name}: {kernels.chosen(name, implementation)}" for name in kernels.OPERATIONS)
+    held, width = config.num_experts // parallel.ep, config.expert_width
+    inter = config.intermediate_size // parallel.expert_tp
+    dtype, activation = jnp.dtype(config.dtype), activations.from_config(config)
+
+    def product(depth: int, outputs: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shapes = ((1, depth), (held, outputs, depth))
+        return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((held,), jnp.int32))
+
+    operands = {
+        "grouped_matmul": (*product(inter, width), None, dtype),
+        "gate_up": (*product(width, inter * (2 if config.gated else 1)), activation, None),
+    }
+    return ", ".join(
+        f"{name}: {kernels.chosen(name, implementation, *operands.get(name, ()))}" for name in kernels.OPERATIONS
+    )
 
 
 def _reductions(config: MoEConfig, parallel: ParallelConfig) -> str:

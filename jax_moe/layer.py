@@ -380,7 +380,7 @@ def _make_trace(
         dropped = handle.dropped
     else:
         planned, dropped = dense_nc.reshape(-1) if parallel.expert_parallel else mine_c, jnp.zeros((), jnp.int32)
-    plan = handle.plan
+    plan, axes = handle.plan, token_axes(parallel)
     chosen_E = jnp.zeros((config.num_experts,), jnp.int32).at[ids_cK.reshape(-1)].add(1, mode="drop")
     return Trace(
         token_index=mine_c,
@@ -390,6 +390,6 @@ def _make_trace(
         group_sizes=plan.group_sizes_e,
         row_token=jnp.where(plan.row_token_R < 0, -1, planned[plan.row_token_R]),
         row_slot=plan.row_slot_R,
-        expert_load=reduce_partial(chosen_E, token_axes(parallel)),
+        expert_load=jax.lax.psum(chosen_E, axes) if axes else chosen_E,
         dropped=dropped[None],
     )

@@ -9,6 +9,7 @@ Shape suffixes: R rows sorted by group, e groups (local experts), D depth, N out
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -33,6 +34,13 @@ def no_hopper() -> str | None:
     """Why Hopper kernels cannot run here. Where there is no GPU at all they can still be lowered for one."""
     found = capability()
     return None if found in (None, "9.0") else f"this GPU has compute capability {found}, the kernels are for 9.0"
+
+
+@functools.cache
+def no_triton() -> str | None:
+    """Why Pallas's Triton backend cannot be used: JAX 0.11 announces that a later version will be without it."""
+    found = importlib.util.find_spec("jax.experimental.pallas.triton")
+    return None if found else "this JAX has no Pallas Triton backend"
 
 
 def _typed_axes(*operands: Any) -> str | None:
@@ -72,11 +80,13 @@ def no_gate_up(x: Any, w: Any, sizes: Any, activation: Activation, bias: Any) ->
 def no_rows(x: Any, *operands: Any) -> str | None:
     if 0 in x.shape:
         return f"nothing to move in {x.shape}"
-    return _typed_axes(x, *operands)
+    return no_triton() or _typed_axes(x, *operands)
 
 
 def no_routing(array: Any, *operands: Any) -> str | None:
-    return f"nothing to route in {array.shape}" if 0 in array.shape else _typed_axes(array, *operands)
+    if 0 in array.shape:
+        return f"nothing to route in {array.shape}"
+    return no_triton() or _typed_axes(array, *operands)
 
 
 def grouped_matmul(
@@ -112,12 +122,15 @@ def gate_up(x_RD: Array, w_eMD: Array, group_sizes_e: Array, activation: Activat
 def _multiply(
     choice: Any, x_RD: Array, w: Array, group_sizes_e: Array, activation: Activation | None, bias: Array | None
 ) -> Array:
-    from jax_moe.kernels import triton_routing
+    if no_triton() is None:
+        from jax_moe.kernels.triton_routing import make_schedule  # one launch in place of three
+    else:
+        from jax_moe.kernels.schedule import make_schedule
 
     rows = x_RD.shape[0]
     if rows < choice.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
         x_RD = jnp.pad(x_RD, ((0, choice.tile.rows - rows), (0, 0)))
-    schedule = triton_routing.make_schedule(group_sizes_e, rows=x_RD.shape[0], tile=choice.tile.rows)
+    schedule = make_schedule(group_sizes_e, rows=x_RD.shape[0], tile=choice.tile.rows)
     return choice.run(x_RD, w, schedule, activation=activation, bias=bias, tile=choice.tile)[:rows]
 
 

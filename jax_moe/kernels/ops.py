@@ -1,7 +1,7 @@
 """The public operations on rows: each checks its arguments, picks an implementation and calls it.
 
-Rows are sorted by group; group g is the rows from sum(group_sizes[:g]) on. Example: group_sizes [2, 0, 1] over R = 5 rows:
-rows 0 and 1 are group 0's, row 2 is group 2's, rows 3 and 4 are past the end.
+Rows are sorted by group; group g is the rows from sum(group_sizes[:g]) on. Example: group_sizes [2, 0, 1] over R = 5
+rows: rows 0 and 1 are group 0's, row 2 is group 2's, rows 3 and 4 are past the end.
 
 Shape suffixes: R rows, e groups (local experts), D depth, N outputs, M rows of the first projection (2F gated, F not),
 F expert intermediate size, t tokens, K experts per token, E experts.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_moe._typing import Array, Float, Float32, Int, Int32
 from jax_moe.activation import Activation
@@ -78,7 +79,7 @@ def grouped_matmul(
     group_sizes_e: Int[Array, " e"],
     *,
     bias_eN: Float[Array, "e N"] | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R N"]:
     """Multiplies each row by its group's matrix: x[r] @ w[g].T + bias[g], accumulated in float32.

@@ -63,7 +63,8 @@ def combine_rows(
     y_RD: Float[Array, "R D"], position_tK: Int[Array, "t K"], weights_tK: Float[Array, "t K"]
 ) -> Float32[Array, "t D"]:
     """See `ops.combine_rows`."""
-    # One gather a slot: XLA fuses the chain into one pass. A (t, K, D) gather, or a loop over slots, is ten times slower.
+    # One gather a slot: XLA fuses the chain into one pass. A (t, K, D) gather, or a loop over slots, is ten times
+    # slower.
     total_tD = jnp.zeros((position_tK.shape[0], y_RD.shape[1]), jnp.float32)
     for slot in range(position_tK.shape[1]):
         position_t = position_tK[:, slot]
@@ -148,7 +149,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _rows_times_groups(
     x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, *, depth_axis: int
 ) -> Float32[Array, "R N"]:
-    """Each row times its group's matrix, over the matrix's `depth_axis`, plus the group's bias; zeros for other rows."""
+    """Each row times its group's matrix over that one's `depth_axis`, plus the group's bias; zeros for other rows."""
     num_rows = x_RD.shape[0]
     block = _block_rows(num_rows, w_eND.shape[0])
     # Float32, and never read back: XLA then writes each block in place, where it would else copy the whole every time.

@@ -27,7 +27,7 @@ class Choice:
 TABLE: tuple[tuple[float, Choice], ...] = (
     (1.5, Choice(small.Tile(rows=8), "weights on the 64-row side, 8 tokens a tile")),
     (12, Choice(small.Tile(rows=16), "weights on the 64-row side, 16 tokens a tile")),
-    (24, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile")),
+    (64, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile")),
     (160, Choice(wide.Tile(rows=64), "tiles of 64 rows: the weights are read at the speed of memory")),
     (float("inf"), Choice(wide.Tile(rows=128), "tiles of 128 rows")),
 )
