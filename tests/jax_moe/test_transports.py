@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import pathlib
 import re
 import socket
@@ -180,7 +179,6 @@ def test_what_is_dropped_adds_nothing_and_is_counted(fields):
     np.testing.assert_array_equal(trace.expert_load.reshape(4, 8), np.tile(load, (4, 1)))
 
 
-@functools.cache
 def gradients(**fields):
     parallel = jm.ParallelConfig(**fields)
     params, mesh = sharded(RICH, parallel)
@@ -193,12 +191,9 @@ def gradients(**fields):
     return {**jm.to_mapping(jm.unshard(by_params, RICH)), "x": np.asarray(by_x)}
 
 
-@pytest.mark.parametrize(
-    "fields", [{"transport": "ragged", "dp": 2, "tp": 2}, {"transport": "padded", "dp": 4, "nodes": 2}]
-)
-def test_gradients_are_those_of_one_rank(fields):
+def test_gradients_are_those_of_one_rank():
     one = gradients()
-    for name, gradient in gradients(expert_parallel=True, **fields).items():
+    for name, gradient in gradients(expert_parallel=True, transport="ragged", dp=2, tp=2).items():
         np.testing.assert_allclose(gradient, one[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -227,8 +222,9 @@ def size(tensor):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("config", [SHARED, RICH], ids=["hidden", "latent"])
-def test_estimated_bytes_are_those_of_the_program(fields, config):
+def test_estimated_bytes_are_those_of_the_program(fields):
+    # With a latent, which is narrower and all that travels, and without.
+    config = SHARED if fields["transport"] == "allgather" else RICH
     parallel = jm.ParallelConfig(expert_parallel=True, **fields)
     text = lowered(config, parallel, ROWS, "cuda")[0].as_text()
     held, sent = 0, 0
