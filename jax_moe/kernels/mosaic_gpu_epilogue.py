@@ -136,7 +136,7 @@ def store_rows(array, out_ref, row, rows, column) -> None:
                     with mgpu_utils.when(exists):
                         llvm.store(i32_pair, pointer)
 
-    store(array, out_ref, row, rows, column)
+    store(array, out_ref, row, rows, column)  # pyright: ignore[reportCallIssue]
 
 
 def store_columns(array, out_ref, row, rows, column) -> None:
@@ -173,4 +173,4 @@ def store_columns(array, out_ref, row, rows, column) -> None:
                     pointer = mgpu_utils.getelementptr(base, [(n + second) * columns + r], array.mlir_dtype)
                     llvm.store(value, pointer)
 
-    store(array, out_ref, row, rows, column)
+    store(array, out_ref, row, rows, column)  # pyright: ignore[reportCallIssue]

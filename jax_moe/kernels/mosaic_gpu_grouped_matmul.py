@@ -60,6 +60,21 @@ def views(ref, *, interpret: bool):
     return (ref, ref) if interpret else tuple(ref)
 
 
+def gate_layout(activation) -> str | None:
+    """How gate and up lie in the weights; None when there is no gate."""
+    return activation.layout if activation is not None and activation.gated else None
+
+
+def named(body, name: str):
+    """`body` under the name that profiles will show."""
+
+    def kernel(*refs):
+        body(*refs)
+
+    kernel.__name__ = name
+    return kernel
+
+
 def transposed(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
@@ -124,8 +139,8 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     w_load, w_smem = views(w_smem, interpret=interpret)
     out_store, out_smem = views(out_smem, interpret=interpret)
 
-    gated = activation is not None and activation.gated
-    layout = activation.layout if gated else None
+    layout = gate_layout(activation)
+    gated = layout is not None
     parts = 2 if gated else 1
     out_columns = 256 // parts  # of a CTA's tile
     depth, columns = x_ref.shape[1], out_ref.shape[1]
@@ -209,9 +224,9 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
             a_rows = pl.ds(0, 64) if half else pl.ds(wg * 64, 64)
             # With 128 rows gate and up are one operand, side by side; a share of 64 rows finds its own in two places.
             if half:
-                b_rows = [pl.ds(part * out_columns + wg * width, width) for part in range(parts)]
+                b_rows, b_size = [pl.ds(part * out_columns + wg * width, width) for part in range(parts)], width
             else:
-                b_rows = [pl.ds(0, 256)]
+                b_rows, b_size = [pl.ds(0, 256)], 256
 
             def multiply(*accs):
                 def mma(k, carry):
@@ -231,12 +246,12 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 lax.fori_loop(1, k_tiles, steady, None)
                 return tuple(acc[...] for acc in accs)
 
-            values = pl.run_scoped(multiply, *[plgpu.ACC((64, b.size), jnp.float32) for b in b_rows])
+            values = pl.run_scoped(multiply, *[plgpu.ACC((64, b_size), jnp.float32) for _ in b_rows])
             plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
             if gated and not half:
                 values = (values[0][:, :width], values[0][:, width:])
             values = list(values)
-            if has_bias:
+            if bias_ref is not None:
                 for part in range(parts):
                     source = bias_ref.at[work.expert, part, pl.ds(column, width)]
                     bias = epilogue.load_bias(source, reduced=0)
@@ -319,16 +334,17 @@ def grouped_matmul(
     """
     rows, depth = x_RD.shape
     experts, w_rows, _ = w.shape
-    gated = activation is not None and activation.gated
+    layout = gate_layout(activation)
+    gated = layout is not None
     columns = w_rows // 2 if gated else w_rows
     if gated:
-        order = (2, columns) if activation.layout == "concatenated" else (columns, 2)
+        order = (2, columns) if layout == "concatenated" else (columns, 2)
         w = w.reshape(experts, *order, depth)
     operands = [schedule, x_RD, w]
     if bias is not None:
         # Columns past the edge are never stored, but their bias is read.
         bias = bias.reshape(experts, *(order if gated else (1, columns)))
-        if gated and activation.layout != "concatenated":
+        if gated and layout != "concatenated":
             bias = bias.transpose(0, 2, 1)
         operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
     sms = (sm_count() // 2 if tile.pair else sm_count()) if interpret is None else 2
@@ -336,10 +352,10 @@ def grouped_matmul(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
         interpret=interpret is not None,
     )  # fmt: skip
-    body.__name__ = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
+    name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     return plgpu.kernel(
-        body,
+        named(body, name),
         out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),

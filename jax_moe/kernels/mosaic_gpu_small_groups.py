@@ -18,7 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
-from jax_moe.kernels.mosaic_gpu_grouped_matmul import DEPTH, find_work, operand_memory, sm_count, transposed, views
+from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
+    DEPTH,
+    find_work,
+    gate_layout,
+    named,
+    operand_memory,
+    sm_count,
+    transposed,
+    views,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,8 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     w_load, w_smem = views(w_smem, interpret=interpret)
     atoms = tile.depth // DEPTH
 
-    gated = activation is not None and activation.gated
+    layout = gate_layout(activation)
+    gated = layout is not None
     out_columns = 64 if gated else 128
     depth, columns = x_ref.shape[1], out_ref.shape[1]
     k_tiles = -(-depth // tile.depth)
@@ -81,7 +91,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                         rows = pl.ds(work.column * out_columns, out_columns)
                         if not gated:
                             source = w_ref.at[work.expert, rows, columns_k]
-                        elif activation.layout == "concatenated":
+                        elif layout == "concatenated":
                             source = w_ref.at[work.expert, part, rows, columns_k]
                         else:
                             source = w_ref.at[work.expert, rows, part, columns_k]
@@ -156,7 +166,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 value = pl.run_scoped(multiply, plgpu.ACC((128, tile.rows), jnp.float32))
                 plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
                 parts = [value[:64], value[64:]] if gated else [value]
-                if has_bias:
+                if bias_ref is not None:
                     for p in range(len(parts)):
                         source = bias_ref.at[work.expert, p, pl.ds(work.column * out_columns, out_columns)]
                         bias = epilogue.load_bias(source, reduced=1)
@@ -197,17 +207,18 @@ def grouped_matmul(
     """
     rows, depth = x_RD.shape
     experts, w_rows, _ = w.shape
-    gated = activation is not None and activation.gated
+    layout = gate_layout(activation)
+    gated = layout is not None
     columns = w_rows // 2 if gated else w_rows
     if gated:
-        order = (2, columns) if activation.layout == "concatenated" else (columns, 2)
+        order = (2, columns) if layout == "concatenated" else (columns, 2)
         w = w.reshape(experts, *order, depth)
     if rows < tile.rows:  # a load needs an array at least as long as its box; what the box reads there is not stored
         x_RD = jnp.pad(x_RD, ((0, tile.rows - rows), (0, 0)))
     operands = [schedule, x_RD, w]
     if bias is not None:
         bias = bias.reshape(experts, *(order if gated else (1, columns)))
-        if gated and activation.layout != "concatenated":
+        if gated and layout != "concatenated":
             bias = bias.transpose(0, 2, 1)
         operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 128))))
     sms = sm_count() if interpret is None else 2
@@ -215,11 +226,11 @@ def grouped_matmul(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
         interpret=interpret is not None,
     )  # fmt: skip
-    body.__name__ = "moe_gate_up_small" if activation is not None else "moe_grouped_matmul_small"
+    name = "moe_gate_up_small" if activation is not None else "moe_grouped_matmul_small"
     out_tile = [plgpu.SMEM((64 if gated else 128, tile.rows), x_RD.dtype)] if interpret is not None else []
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     return plgpu.kernel(
-        body,
+        named(body, name),
         out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
         scratch_types=[
             memory((tile.stages, tile.depth // DEPTH, tile.rows, DEPTH)),
