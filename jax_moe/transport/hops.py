@@ -171,7 +171,9 @@ def dispatch(
         opened.append(hop)
         dropped += lost
         x_tW = send(x_tW, hop, implementation)
-    plan = plans.make_plan(ids_nK, first_expert=first_expert, num_local_experts=num_local_experts)
+    plan = plans.make_plan(
+        ids_nK, first_expert=first_expert, num_local_experts=num_local_experts, implementation=implementation
+    )
     rows_RW, handle = base.take_rows(
         x_tW, weights_nK, plan, axes=(), weight_on_input=weight_on_input, implementation=implementation
     )

@@ -11,7 +11,14 @@ from .layers import MODES, PLAIN, RICH, SHARED
 def test_every_mode_can_be_explained_with_and_without_a_mesh(parallel):
     text = str(jm.explain(RICH, parallel))
     assert text == str(jm.explain(RICH, parallel, jm.make_mesh(parallel)))
-    assert [line.split()[0] for line in text.splitlines()] == ["mode", "sizes", "transport", "kernels", "reductions"]
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "mode",
+        "sizes",
+        "transport",
+        "moves",
+        "kernels",
+        "reductions",
+    ]
     assert "reference" in text
 
 
