@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_moe import kernels
 from jax_moe.config import MoEConfig, ParallelConfig
@@ -67,7 +68,7 @@ def counts(counts: Any, shards: int, rows: int) -> None:
     if counts.shape != (shards,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         actual = f"shape {tuple(counts.shape)} and dtype {counts.dtype}"
         raise ValueError(f"counts has {actual}: expected ({shards},) integers, one for each shard of x")
-    if isinstance(counts, jax.core.Tracer) or (isinstance(counts, jax.Array) and not counts.is_fully_addressable):
+    if isinstance(counts, Tracer) or (isinstance(counts, jax.Array) and not counts.is_fully_addressable):
         return
     values = np.asarray(counts)
     if ((values < 0) | (values > rows)).any():

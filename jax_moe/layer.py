@@ -269,6 +269,7 @@ def _route(
         ids_cK = jnp.where((ids_cK >= 0) & (ids_cK < config.num_experts), ids_cK, config.num_experts)
     else:
         if config.router.source == "gate":
+            assert params.router.gate is not None, "the parameters were checked"
             logits_cE = router.compute_logits(x_cD, params.router.gate)
         else:
             logits_cE = _zero_padding(given["router_logits"].astype(jnp.float32), real_c)

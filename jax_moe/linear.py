@@ -22,6 +22,9 @@ def operand(x: Array) -> Array:
 
 def contract(a: Array, b: Array, axes: tuple[int, int]) -> Float32[Array, "M N"]:
     """Product of two matrices over one axis of each, in float32, from operands made by `operand`."""
+    if a.dtype != b.dtype:
+        # A float32 gradient meets narrow operands.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     # HIGHEST keeps float32 products float32 on GPUs, where the default would be TF32. Narrow operands are exact anyway.
     precision = jax.lax.Precision.HIGHEST if jnp.float32 in (a.dtype, b.dtype) else None
     dimensions = (((axes[0],), (axes[1],)), ((), ()))

@@ -9,8 +9,8 @@ Expert-local state is one pytree, so that whatever moves experts moves all of it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jax_moe._typing import Array, Float, Float32, PRNGKeyArray
 from jax_moe.config import MoEConfig
 
+_Class = TypeVar("_Class", bound=type)
 
-def _pytree(*, static: tuple[str, ...] = ()):
-    def register(cls: type) -> type:
+
+def _pytree(*, static: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
+    def register(cls: _Class) -> _Class:
         fields = [field.name for field in dataclasses.fields(cls)]
         data = [name for name in fields if name not in static]
         return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))

@@ -22,7 +22,7 @@ from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.params import MoEParams
 
 
-def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the mesh the layer runs on, axes `parallel.mesh_axes`.
 
     Args:
@@ -104,6 +104,7 @@ def unshard(params: MoEParams, config: MoEConfig) -> MoEParams:
 
     def whole(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            assert isinstance(array.sharding, NamedSharding), array.sharding
             everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
             array = jax.jit(lambda a: a, out_shardings=everywhere)(array).addressable_data(0)
         return np.asarray(array)
