@@ -12,7 +12,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
-from hypothesis import settings  # noqa: E402 - after the environment, like everything that may import JAX
+from hypothesis import settings
 
 settings.register_profile("steady", deadline=None)  # a busy machine is no failure
 settings.load_profile("steady")

@@ -73,7 +73,11 @@ class Side:
         logits = None if ranks[0].router_logits is None else assemble(case, ranks, "router_logits")
         differ = (np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)
         legal = (ids >= 0) & (ids < case.experts)
-        if differ.any() and legal.all() and all(exempt(case, reference, ids[t], t) for t in np.flatnonzero(differ)):
+        if (
+            differ.any()
+            and legal.all()
+            and all(exempt(case, reference, ids[t], t) for t in np.flatnonzero(differ).tolist())
+        ):
             reference = reference.replay(ids.astype(np.int64))
         return cls(y, ids, assemble(case, ranks, "topk_weights"), logits, reference, differ, y - reference.y,
                    variance(case, reference))  # fmt: skip

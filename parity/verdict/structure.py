@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def structure(case: Case, reference: Reference, name: str, ranks: Sequence[RankR
     return gates
 
 
-def _shape_faults(case: Case, ranks: Sequence[RankResult]):
+def _shape_faults(case: Case, ranks: Sequence[RankResult]) -> Iterator[str]:
     if len(ranks) != case.world:
         yield f"{len(ranks)} ranks answered, expected {case.world}"
         return
@@ -54,7 +54,7 @@ def _shape_faults(case: Case, ranks: Sequence[RankResult]):
             yield f"rank {rank}: routed {(result.token_index >= 0).sum()} tokens, expected {routed}"
 
 
-def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult]):
+def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult]) -> Iterator[str]:
     held = holdings(case)
     local = case.experts // case.ep_size
     for rank, result in enumerate(ranks):
@@ -76,7 +76,7 @@ def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult])
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= case.experts:
         yield f"top-k ids reach from {ids.min()} to {ids.max()}, allowed 0 to {case.experts - 1}"
         return
-    for token in np.flatnonzero((np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)):
+    for token in np.flatnonzero((np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)).tolist():
         if not exempt(case, reference, ids[token], token):
             yield (
                 f"token {token} ({place(case, token)}) goes to experts {listed(ids[token])}, the oracle's are "

@@ -12,6 +12,11 @@ def rounded(values, case):
     return float32_of_bits(bits_of_float32(values)) if case.format == "bf16" else values.astype(np.float32)
 
 
+def filled(values, rows, value):
+    """`values` with padding rows of one value after them."""
+    return np.concatenate([values, np.full((rows, *values.shape[1:]), value, values.dtype)])
+
+
 def simulate(case, reference, *, padding=2, **changes):
     """RankResults of every rank. `padding` rows are added to each rank; `changes` replace fields on every rank."""
     ids, weights = reference.ids, reference.weights.astype(np.float32)
@@ -28,20 +33,17 @@ def simulate(case, reference, *, padding=2, **changes):
         token, slot = np.nonzero((ids[visible] >= low) & (ids[visible] < low + local))
         expert = ids[visible][token, slot] - low
         order = np.lexsort((slot, token, expert))
-        fill = lambda values, pad, value: np.concatenate(
-            [values, np.full((pad, *values.shape[1:]), value, values.dtype)]
-        )  # noqa: E731, E501
-        values = dict(
-            y=fill(y[start : start + count], padding, 0.0),
-            y_dtype=DTYPE[case.format],
-            token_index=fill(routed, padding, -1),
-            router_logits=None if logits is None else fill(logits[routed], padding, np.nan),
-            topk_ids=fill(ids[routed], padding, case.experts),
-            topk_weights=fill(weights[routed], padding, 0.0),
-            group_sizes=np.bincount(expert, minlength=local),
-            row_token=fill(visible[token[order]], padding, -1),
-            row_slot=fill(slot[order], padding, 0),
-            expert_load=load,
-        )
+        values = {
+            "y": filled(y[start : start + count], padding, 0.0),
+            "y_dtype": DTYPE[case.format],
+            "token_index": filled(routed, padding, -1),
+            "router_logits": None if logits is None else filled(logits[routed], padding, np.nan),
+            "topk_ids": filled(ids[routed], padding, case.experts),
+            "topk_weights": filled(weights[routed], padding, 0.0),
+            "group_sizes": np.bincount(expert, minlength=local),
+            "row_token": filled(visible[token[order]], padding, -1),
+            "row_slot": filled(slot[order], padding, 0),
+            "expert_load": load,
+        }
         out.append(RankResult(**(values | changes)))
     return out

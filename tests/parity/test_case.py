@@ -45,7 +45,8 @@ def test_every_case_that_can_be_built_survives_printing_and_parsing(data):
     )
     tokens = tuple(data.draw(st.lists(st.integers(0, 300), min_size=dp, max_size=dp)))
     case = Case(
-        dp=dp, tp=tp, ep=ep, sp=sp, transport="allgather" if ep else "local", format=data.draw(st.sampled_from(FORMATS)),
+        dp=dp, tp=tp, ep=ep, sp=sp,
+        transport="allgather" if ep else "local", format=data.draw(st.sampled_from(FORMATS)),
         tokens=(tokens[0] + 1, *tokens[1:]), hidden=data.draw(st.integers(1, 4096)),
         intermediate=tp * data.draw(st.integers(1, 512)), experts=experts,
         top_k=data.draw(st.integers(1, experts)), flags=flags,

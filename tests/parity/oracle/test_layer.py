@@ -112,7 +112,7 @@ def test_a_slot_norm_is_what_leaving_out_that_expert_changes(oracle):
 
 
 def test_a_replayed_choice_takes_its_own_scores(oracle):
-    case, arrays, reference = oracle("dp1.tp1/local/f32/t4.d16.f8/e8.k2/renorm")
+    case, _, reference = oracle("dp1.tp1/local/f32/t4.d16.f8/e8.k2/renorm")
     other = (reference.ids + 1) % case.experts
     replayed = reference.replay(other)
     scores = np.take_along_axis(reference.routing.scores, other, axis=1)
