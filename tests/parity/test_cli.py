@@ -184,7 +184,9 @@ def test_resume_skips_what_is_done(plugin, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_and_a_usable_folder(plugin, tmp_path, number):
-    command = [sys.executable, "-m", "parity", "run", "--backend", "fake", "--out", str(tmp_path)]
+    # SIGINT as a terminal leaves it, whatever started the tests
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import parity.cli as c; c.main()"
+    command = [sys.executable, "-c", program, "run", "--backend", "fake", "--out", str(tmp_path)]
     running = subprocess.Popen(
         [*command, case_id(1), case_id(trouble.HANGS)],
         env=_environment(),
@@ -192,8 +194,6 @@ def test_an_interrupted_run_leaves_no_process_and_a_usable_folder(plugin, tmp_pa
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # as a terminal starts it, whatever started the tests
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     results = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 60

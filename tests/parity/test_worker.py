@@ -107,10 +107,11 @@ def test_a_worker_ends_when_its_pipe_closes(worker):
 
 def test_a_signal_dumps_every_threads_stack_to_the_log(worker, tmp_path):
     worker.hear("ready")
-    worker.process.send_signal(signal.SIGUSR1)
     deadline = time.monotonic() + 10
-    while "Current thread" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    # the main thread waits for a request, soon after it has said that it is ready
+    while "in next" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+        worker.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
     assert "in next" in (tmp_path / "log").read_text()
 
 
