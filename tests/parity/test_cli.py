@@ -185,7 +185,7 @@ def test_resume_skips_what_is_done(plugin, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_no_process_and_a_usable_folder(plugin, tmp_path, number):
     # SIGINT as a terminal leaves it, whatever started the tests
-    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import parity.cli as c; c.main()"
+    program = "import signal; signal.signal(2, signal.default_int_handler); import parity.cli; parity.cli.main()"
     command = [sys.executable, "-c", program, "run", "--backend", "fake", "--out", str(tmp_path)]
     running = subprocess.Popen(
         [*command, case_id(1), case_id(trouble.HANGS)],
