@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
+FORMATS = ("bf16", "f32")
 TRANSPORTS = ("local", "allgather", "ragged", "padded")
 MODES = ("single", "DP", "TP", "DP+TP", "DP+EP", "EP+SP", "EP+SP native", "EP, SP off")
 """Every parallel mode, as `Case.mode` prints it."""
@@ -26,9 +27,10 @@ CAPABILITIES = {
     "padded": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
 }
 """Which transport serves which parallel mode; each package has the same table."""
+CARRIES = dict.fromkeys(TRANSPORTS, frozenset(FORMATS))
+"""Which formats each transport carries; likewise."""
 ACROSS_NODES = frozenset({"ragged", "padded"})
 """Transports that can cross nodes first and fan out inside."""
-FORMATS = ("bf16", "f32")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 SHAPE = "parallel/transport/format/sizes/routing[/flags]"
 EXAMPLE = "dp2.tp2.ep/allgather/bf16/t222.d2048.f1024/e64.k6/shared+gate"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parity.case import CAPABILITIES, FLAGS, FORMATS, MODES, TRANSPORTS, Case
+from parity.case import ACROSS_NODES, CAPABILITIES, CARRIES, FLAGS, FORMATS, MODES, TRANSPORTS, Case
 from parity.records import Outcome, counts
 
 COLOURS = {"pass": "green", "fail": "red", "error": "magenta", "skip": "yellow"}
@@ -102,15 +102,23 @@ def _number(value: float | None) -> str:
 
 
 def capabilities() -> dict[str, dict[str, bool]]:
-    """Which transport serves which parallel mode: what is true here must pass, the rest is refused."""
-    return {name: {mode: mode in CAPABILITIES[name] for mode in MODES} for name in TRANSPORTS}
+    """Which parallel modes each transport serves, which formats it carries, and whether it crosses nodes first.
+
+    What is true here must pass, the rest is refused.
+    """
+    return {
+        name: {mode: mode in CAPABILITIES[name] for mode in MODES}
+        | {fmt: fmt in CARRIES[name] for fmt in FORMATS}
+        | {"nodes": name in ACROSS_NODES}
+        for name in TRANSPORTS
+    }
 
 
 def capability_table() -> Table:
-    table = Table(title="transports and parallel modes", title_justify="left")
+    table = Table(title="transports: parallel modes, formats, nodes", title_justify="left")
     table.add_column("transport")
-    for mode in MODES:
-        table.add_column(mode, justify="center")
+    for column in (*MODES, *FORMATS, "nodes"):
+        table.add_column(column, justify="center")
     for name, modes in capabilities().items():
         table.add_row(name, *("yes" if allowed else "-" for allowed in modes.values()))
     return table

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 
-from parity.case import ACROSS_NODES, CAPABILITIES, MODES, TRANSPORTS, Case, CaseError
+from parity.case import ACROSS_NODES, CAPABILITIES, CARRIES, MODES, TRANSPORTS, Case, CaseError
+from parity.fixtures import DTYPE
 
 PARALLEL = {
     "single": "dp1.tp1", "DP": "dp2.tp1", "TP": "dp1.tp2", "DP+TP": "dp2.tp2", "DP+EP": "dp2.tp1.ep",
@@ -18,6 +19,8 @@ def test_each_package_has_the_same_table(house):
     package = importlib.import_module(house)
     assert {name: frozenset(modes) for name, modes in package.CAPABILITIES.items()} == CAPABILITIES
     assert frozenset(package.ACROSS_NODES) == ACROSS_NODES
+    carried = {name: frozenset(DTYPE[fmt] for fmt in formats) for name, formats in CARRIES.items()}
+    assert {name: frozenset(dtypes) for name, dtypes in package.TRANSPORT_DTYPES.items()} == carried
 
 
 @pytest.mark.parametrize(("transport", "mode"), list(itertools.product(TRANSPORTS, MODES)))
