@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from parity import grids
-from parity.case import FLAGS, TRANSPORTS, Case
+from parity.case import CAPABILITIES, FLAGS, TRANSPORTS, Case
 
 
 def test_smoke_has_every_mode_dtype_and_flag():
@@ -29,7 +29,9 @@ def test_smoke_has_uneven_and_empty_ranks_in_every_transport():
 
 def test_vllm_grid_is_the_product_it_says():
     cases = grids.load("vllm")
-    assert len(cases) == 3 * 72 + 3 * 3 * 72
+    assert len(cases) == 3 * 72 + 3 * 3 * 72 + 6 * 2 * 2
+    cells = {(transport, mode) for transport, modes in CAPABILITIES.items() for mode in modes}
+    assert {(case.transport, case.mode) for case in cases} == cells
     assert {case.transport for case in cases if case.ep} == {"allgather", "ragged", "padded"}
     assert {(case.tokens[0], case.intermediate, case.hidden) for case in cases} == {
         (1, 128, 256), (32, 512, 512), (222, 1024, 2048),
