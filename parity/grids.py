@@ -91,17 +91,19 @@ def _smoke() -> list[Case]:
 def _vllm() -> list[Case]:
     """The grid of vLLM's MoE layer test: its shapes, experts, top-k, layer options and parallel modes, in bf16.
 
-    Every transport that serves the mode takes its part. Modes which that test leaves out follow at its middle shape.
+    The other transports that serve a mode take their part with all layer options off and with all of them on. Modes
+    which that test leaves out follow at its middle shape.
     """
     shapes = ("t1.d256.f128", "t32.d512.f512", "t222.d2048.f1024")
     flags = ("", "gate", "shared", "shared+latent", "shared+gate", "shared+gate+latent")
     routing = [f"e{e}.k{k}" for e in (8, 64) for k in (2, 6)]
-    crossing = ("allgather", "ragged", "padded")
-    theirs = {("local",): ("dp1.tp1", "dp1.tp2", "dp1.tp4"), crossing: ("dp2.tp1.ep", "dp4.tp1.ep", "dp2.tp2.ep")}
+    off_and_on = ("", "shared+gate+latent")
+    crossing = ("dp2.tp1.ep", "dp4.tp1.ep", "dp2.tp2.ep")
+    theirs = {("local",): ("dp1.tp1", "dp1.tp2", "dp1.tp4"), ("allgather",): crossing}
     left_out = {
         ("local",): ("dp2.tp1", "dp2.tp2"),
         ("allgather",): ("dp2.tp2.ep.nosp",),
-        crossing: ("dp2.tp2.ep.native",),
+        ("allgather", "ragged", "padded"): ("dp2.tp2.ep.native",),
     }
 
     def cases(modes: Mapping, sizes: Sequence[str], routing: Sequence[str], flags: Sequence[str]) -> list[Case]:
@@ -111,9 +113,11 @@ def _vllm() -> list[Case]:
             out += product(parts | {"sizes": sizes, "routing": routing, "flags": flags})
         return out
 
-    return cases(theirs, shapes, routing, flags) + cases(
-        left_out, shapes[1:2], ("e8.k2", "e64.k6"), ("", "shared+gate+latent")
-    )
+    return [
+        *cases(theirs, shapes, routing, flags),
+        *cases({("ragged", "padded"): crossing}, shapes, routing, off_and_on),
+        *cases(left_out, shapes[1:2], ("e8.k2", "e64.k6"), off_and_on),
+    ]
 
 
 def _transports() -> list[Case]:
