@@ -102,13 +102,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def run(self, case: Case, arrays: Mapping[str, ArrayRef]) -> dict[int, RankResult]:
-        """Run the layer twice on the same inputs, every process together.
+    def run(
+        self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
+    ) -> dict[int, RankResult]:
+        """Run the layer twice on the same inputs, every process together; with lessons, once more, stage by stage.
 
         Args:
           case: the configuration.
           arrays: parameters in checkpoint layout, `x` (T, D) over real tokens in rank order, and `router_logits`
             (T, E) or `topk_ids` and `topk_weights` (T, K) where the case gives them.
+          lessons: the oracle's result of each stage (`parity.stages`), to go on with in place of the layer's own in
+            the third run, whose results go to `RankResult.taught`. A backend without stages leaves it be.
 
         Returns:
           The result of each rank this process holds, by rank.

@@ -81,7 +81,9 @@ class JaxBackend(Backend):
             "python": sys.version.split()[0],
         }
 
-    def run(self, case: Case, arrays: Mapping[str, ArrayRef]) -> dict[int, RankResult]:
+    def run(
+        self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
+    ) -> dict[int, RankResult]:
         import jax
 
         house = self.house

@@ -63,7 +63,9 @@ class TorchBackend(Backend):
         self.house, self.meshes = torch_moe, {}
         return {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
 
-    def run(self, case: Case, arrays: Mapping[str, ArrayRef]) -> dict[int, RankResult]:
+    def run(
+        self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
+    ) -> dict[int, RankResult]:
         import torch
 
         device = torch.device("cuda", self.rank) if self.gpu else torch.device("cpu")
