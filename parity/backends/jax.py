@@ -12,7 +12,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member
-from parity.backends.layout import TRACE_FIELDS, layer_options, parameters, token_blocks
+from parity.backends.layout import TRACE_FIELDS, decisions, layer_options, parameters, token_blocks
 from parity.case import Case
 from parity.results import RankResult
 
@@ -125,7 +125,7 @@ class JaxBackend(Backend):
 
         y, trace = jax.block_until_ready(step(params, x, inputs))
         first = _by_rank(y, mesh)
-        traced: dict[int, dict[str, Any]] = {rank: dict.fromkeys(TRACE_FIELDS) for rank in first}
+        traced: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in first}
         for name in TRACE_FIELDS:
             if (value := getattr(trace, name)) is not None:
                 for rank, part in _by_rank(value, mesh).items():
@@ -137,8 +137,7 @@ class JaxBackend(Backend):
             rank: RankResult(
                 y=values.astype(np.float32),
                 y_dtype=str(y.dtype),
-                **traced[rank],
-                dropped=int(dropped[rank][0]),
+                decisions=decisions(traced[rank], int(dropped[rank][0])),
                 repeat_equal=values.tobytes() == again[rank].tobytes(),
             )
             for rank, values in first.items()

@@ -16,20 +16,14 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.case import Case
+from parity.results import Decisions, Rows
 
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 INPUTS = ("x", "router_logits", "topk_ids", "topk_weights")
-TRACE_FIELDS = (
-    "token_index",
-    "router_logits",
-    "topk_ids",
-    "topk_weights",
-    "group_sizes",
-    "row_token",
-    "row_slot",
-    "expert_load",
-)
-"""What both houses' traces and a RankResult call the same."""
+ROUTING_FIELDS = ("token_index", "router_logits", "topk_ids", "topk_weights")
+ROW_FIELDS = ("group_sizes", "row_token", "row_slot", "expert_load")
+TRACE_FIELDS = (*ROUTING_FIELDS, *ROW_FIELDS)
+"""What both houses' traces call as `Decisions` and `Rows` do."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +118,9 @@ def layer_options(case: Case) -> tuple[dict, dict, dict]:
         "max_rows": f.maxrows or None,
     }
     return moe, router, parallel
+
+
+def decisions(traced: Mapping[str, np.ndarray], dropped: int) -> Decisions:
+    """A rank's decisions from what its trace holds of TRACE_FIELDS."""
+    rows = Rows(**{name: traced[name] for name in ROW_FIELDS}, dropped=dropped)
+    return Decisions(**{name: traced[name] for name in ROUTING_FIELDS if name in traced}, rows=rows)

@@ -12,7 +12,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member, cores
-from parity.backends.layout import TRACE_FIELDS, block_of_rank, layer_options, parameters, token_blocks
+from parity.backends.layout import TRACE_FIELDS, block_of_rank, decisions, layer_options, parameters, token_blocks
 from parity.case import Case
 from parity.results import RankResult
 
@@ -80,11 +80,13 @@ class TorchBackend(Backend):
             y, trace = layer(x, **inputs, counts=blocks.counts, trace=True)
             again = layer(x, **inputs, counts=blocks.counts)
         equal = bool(torch.equal(y.view(torch.uint8), again.view(torch.uint8)))
-        traced: dict[str, Any] = {
-            name: None if (value := getattr(trace, name)) is None else value.cpu().numpy() for name in TRACE_FIELDS
-        }
-        values, dtype = y.float().cpu().numpy(), str(y.dtype).removeprefix("torch.")
-        result = RankResult(y=values, y_dtype=dtype, **traced, dropped=int(trace.dropped), repeat_equal=equal)
+        traced = {name: value.cpu().numpy() for name in TRACE_FIELDS if (value := getattr(trace, name)) is not None}
+        result = RankResult(
+            y=y.float().cpu().numpy(),
+            y_dtype=str(y.dtype).removeprefix("torch."),
+            decisions=decisions(traced, int(trace.dropped)),
+            repeat_equal=equal,
+        )
         return {self.rank: result}
 
     def _layer(self, case: Case, arrays: Mapping[str, ArrayRef], device: torch.device) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parity.case import Case
-from parity.results import RankResult
+from parity.results import Decisions
 
 
 def holdings(case: Case) -> list[tuple[int, int]]:
@@ -19,7 +19,7 @@ def holdings(case: Case) -> list[tuple[int, int]]:
     return [(int(starts[r // case.tp]), case.tokens[r // case.tp]) for r in range(case.world)]
 
 
-def assemble(case: Case, ranks: Sequence[RankResult], name: str) -> np.ndarray:
+def assemble(case: Case, ranks: Sequence[Decisions], name: str) -> np.ndarray:
     """A routing result of every token, in dense order; replicas over tp are taken once."""
     once = [r for r in range(case.world) if case.sequence_parallel or r % case.tp == 0]
     return np.concatenate([getattr(ranks[r], name)[ranks[r].token_index >= 0] for r in once])

@@ -15,7 +15,7 @@ from parity.results import RankResult
 from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, bound, element_bound
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import assemble, expert_ranks, holdings, listed, place
-from parity.verdict.structure import exempt, selection_bound
+from parity.verdict.structure import exempt, selection_bound, shown
 
 ERROR_RATIO = 2.0
 """Frameworks whose errors differ by more than this factor are reported: one of them rounds more often."""
@@ -55,7 +55,8 @@ class Side:
 
     y: np.ndarray
     ids: np.ndarray
-    weights: np.ndarray
+    """(T, K) the framework's choice; the oracle's where it shows none."""
+    weights: np.ndarray | None
     logits: np.ndarray | None
     reference: Reference
     """The oracle's answer, replayed with this framework's choice where tokens are exempt."""
@@ -69,8 +70,11 @@ class Side:
         y = np.concatenate(
             [ranks[r].y[:count] for r, (_, count) in enumerate(holdings(case)) if case.native or r % case.tp == 0]
         ).astype(np.float64)
-        ids = assemble(case, ranks, "topk_ids")
-        logits = None if ranks[0].router_logits is None else assemble(case, ranks, "router_logits")
+        ids, weights, logits = reference.ids, None, None
+        if (decisions := shown(ranks)) is not None:
+            ids, weights = assemble(case, decisions, "topk_ids"), assemble(case, decisions, "topk_weights")
+            if all(d.router_logits is not None for d in decisions):
+                logits = assemble(case, decisions, "router_logits")
         differ = (np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)
         legal = (ids >= 0) & (ids < case.experts)
         if (
@@ -79,8 +83,7 @@ class Side:
             and all(exempt(case, reference, ids[t], t) for t in np.flatnonzero(differ).tolist())
         ):
             reference = reference.replay(ids.astype(np.int64))
-        return cls(y, ids, assemble(case, ranks, "topk_weights"), logits, reference, differ, y - reference.y,
-                   variance(case, reference))  # fmt: skip
+        return cls(y, ids, weights, logits, reference, differ, y - reference.y, variance(case, reference))
 
 
 def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
@@ -95,6 +98,8 @@ def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
         token, expert = np.unravel_index(np.argmax(margin), margin.shape)
         detail = f"logit of token {token} for expert {expert} is {side.logits[token, expert]:.7g}, expected {reference.logits[token, expert]:.7g}"  # noqa: E501
         gates.append(graded("router", name, float(margin[token, expert]), detail))
+    if side.weights is None:
+        return gates
     mine, theirs = np.argsort(side.ids, axis=1), np.argsort(reference.ids, axis=1)
     expected = np.take_along_axis(reference.weights, theirs, axis=1)
     limit = scale * np.abs(expected) * np.sqrt(np.take_along_axis(reference.weight_variance, theirs, axis=1))

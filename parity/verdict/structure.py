@@ -10,21 +10,47 @@ from parity.case import Case
 from parity.delivery import Delivery, deliver
 from parity.fixtures import DTYPE
 from parity.oracle import Reference
-from parity.results import RankResult
+from parity.results import Decisions, RankResult, Rows
 from parity.tolerance import SIGMAS, SLACK, ErrorModel
 from parity.verdict.gate import Gate
 from parity.verdict.layout import assemble, holdings, listed, place
 
 
 def structure(case: Case, reference: Reference, name: str, ranks: Sequence[RankResult]) -> list[Gate]:
-    """Shapes first; exact comparisons only where shapes hold."""
+    """Shapes first; exact comparisons only where shapes hold, and of what the framework shows."""
     wrong = _first(_shape_faults(case, ranks))
     if wrong:
         return [Gate("sane", name, False, wrong)]
     gates = [Gate("sane", name, True, "shapes, dtypes, finite values, zero padding")]
     exact = _first(_exact_faults(case, reference, ranks))
-    gates.append(Gate("exact", name, not exact, exact or "tokens, experts, rows, loads, replicas and repeats agree"))
+    gates.append(Gate("exact", name, not exact, exact or "all that the framework shows agrees"))
     return gates
+
+
+def shown(ranks: Sequence[RankResult]) -> list[Decisions] | None:
+    """Every rank's decisions, or None where a rank does not show its own."""
+    found = [result.decisions for result in ranks if result.decisions is not None]
+    return found if len(found) == len(ranks) else None
+
+
+def shown_rows(ranks: Sequence[RankResult]) -> list[Rows] | None:
+    """Every rank's rows, or None where a rank does not show its own."""
+    found = [decisions.rows for decisions in shown(ranks) or () if decisions.rows is not None]
+    return found if len(found) == len(ranks) else None
+
+
+def not_checked(reference: Reference, ranks: Sequence[RankResult]) -> list[str]:
+    """What the verdict has to leave out because the framework does not show it."""
+    decisions, out = shown(ranks), []
+    if decisions is None:
+        out.append("experts and weights")
+    if reference.logits is not None and (decisions is None or any(d.router_logits is None for d in decisions)):
+        out.append("router logits")
+    if shown_rows(ranks) is None:
+        out.append("rows, loads and drops")
+    if any(result.repeat_equal is None for result in ranks):
+        out.append("repeated run")
+    return out
 
 
 def _shape_faults(case: Case, ranks: Sequence[RankResult]) -> Iterator[str]:
@@ -47,32 +73,37 @@ def _shape_faults(case: Case, ranks: Sequence[RankResult]) -> Iterator[str]:
         elif result.y[count:].any():
             row = count + int(np.flatnonzero(result.y[count:].any(axis=1))[0])
             yield f"rank {rank}: padding row {row} is not zero (the rank has {count} tokens)"
-        routed = case.rank_counts[rank]
-        if result.topk_ids.shape[1:] != (case.top_k,) or result.topk_weights.shape != result.topk_ids.shape:
-            yield f"rank {rank}: top-k ids {result.topk_ids.shape}, weights {result.topk_weights.shape}"
-        elif (result.token_index >= 0).sum() != routed:
-            yield f"rank {rank}: routed {(result.token_index >= 0).sum()} tokens, expected {routed}"
+        if (chosen := result.decisions) is None:
+            continue
+        routed, ids, tokens = case.rank_counts[rank], chosen.topk_ids, int((chosen.token_index >= 0).sum())
+        if ids.shape[1:] != (case.top_k,) or chosen.topk_weights.shape != ids.shape:
+            yield f"rank {rank}: top-k ids {ids.shape}, weights {chosen.topk_weights.shape}"
+        elif tokens != routed:
+            yield f"rank {rank}: routed {tokens} tokens, expected {routed}"
 
 
 def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult]) -> Iterator[str]:
     held = holdings(case)
-    local = case.experts // case.ep_size
     for rank, result in enumerate(ranks):
-        start = sum(case.rank_counts[:rank]) if case.sequence_parallel else held[rank][0]
-        tokens = result.token_index[result.token_index >= 0]
-        expected = np.arange(start, start + case.rank_counts[rank])
-        if not np.array_equal(tokens, expected):
-            at = int(np.flatnonzero(tokens != expected)[0])
-            yield f"rank {rank}: routes token {tokens[at]} at position {at}, expected {expected[at]}"
-            return
-        if not result.repeat_equal:
+        if result.decisions is not None:
+            start = sum(case.rank_counts[:rank]) if case.sequence_parallel else held[rank][0]
+            tokens = result.decisions.token_index[result.decisions.token_index >= 0]
+            expected = np.arange(start, start + case.rank_counts[rank])
+            if not np.array_equal(tokens, expected):
+                at = int(np.flatnonzero(tokens != expected)[0])
+                yield f"rank {rank}: routes token {tokens[at]} at position {at}, expected {expected[at]}"
+                return
+        if result.repeat_equal is False:
             yield f"rank {rank}: a repeated run gave other bits"
         twin = ranks[rank - rank % case.tp]
         count = held[rank][1]
         if not case.native and not np.array_equal(result.y[:count], twin.y[:count]):
             row, column = np.argwhere(result.y[:count] != twin.y[:count])[0]
             yield f"rank {rank}: y differs from its tp replica's at row {row}, column {column}"
-    ids = assemble(case, ranks, "topk_ids")
+    decisions = shown(ranks)
+    if decisions is None:
+        return
+    ids = assemble(case, decisions, "topk_ids")
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= case.experts:
         yield f"top-k ids reach from {ids.min()} to {ids.max()}, allowed 0 to {case.experts - 1}"
         return
@@ -83,40 +114,45 @@ def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult])
                 f"{listed(reference.ids[token])} (gap {reference.routing.gap[token] if reference.routing else 0:.2g})"
             )
             break
+    if (rows := shown_rows(ranks)) is not None:
+        yield from _delivery_faults(case, ids, rows)
+
+
+def _delivery_faults(case: Case, ids: np.ndarray, ranks: Sequence[Rows]) -> Iterator[str]:
+    """What each rank's experts got, for the experts that the framework chose."""
+    local = case.experts // case.ep_size
     load = np.bincount(ids.ravel(), minlength=case.experts)
-    for rank, (result, delivery) in enumerate(zip(ranks, deliver(case, ids), strict=True)):
+    for rank, (rows, delivery) in enumerate(zip(ranks, deliver(case, ids), strict=True)):
         first = rank * local if case.ep else 0
-        yield from _row_faults(result, rank, ids, delivery, first, local)
-        if result.dropped != delivery.dropped:
-            yield f"rank {rank}: dropped {result.dropped} copies of tokens, expected {delivery.dropped}"
-        if not np.array_equal(result.expert_load, load):
-            expert = int(np.flatnonzero(result.expert_load != load)[0])
-            yield f"rank {rank}: counts {result.expert_load[expert]} rows for expert {expert}, expected {load[expert]}"
+        yield from _row_faults(rows, rank, ids, delivery, first, local)
+        if rows.dropped != delivery.dropped:
+            yield f"rank {rank}: dropped {rows.dropped} copies of tokens, expected {delivery.dropped}"
+        if not np.array_equal(rows.expert_load, load):
+            expert = int(np.flatnonzero(rows.expert_load != load)[0])
+            yield f"rank {rank}: counts {rows.expert_load[expert]} rows for expert {expert}, expected {load[expert]}"
 
 
-def _row_faults(
-    result: RankResult, rank: int, ids: np.ndarray, delivery: Delivery, first: int, local: int
-) -> Iterator[str]:
+def _row_faults(got: Rows, rank: int, ids: np.ndarray, delivery: Delivery, first: int, local: int) -> Iterator[str]:
     """Rows must lie by expert, then in the order their tokens came, then by slot, and none past the last."""
     copy, slot = np.nonzero(delivery.live)
     expert = ids[delivery.tokens[copy], slot] - first
     order = np.lexsort((slot, copy, expert))
     sizes = np.bincount(expert, minlength=local)
-    if not np.array_equal(result.group_sizes, sizes):
-        at = int(np.flatnonzero(result.group_sizes != sizes)[0])
-        yield f"rank {rank}: {result.group_sizes[at]} rows for expert {first + at}, expected {sizes[at]}"
+    if not np.array_equal(got.group_sizes, sizes):
+        at = int(np.flatnonzero(got.group_sizes != sizes)[0])
+        yield f"rank {rank}: {got.group_sizes[at]} rows for expert {first + at}, expected {sizes[at]}"
         return
     rows = len(order)
-    if (result.row_token[rows:] >= 0).any():
+    if (got.row_token[rows:] >= 0).any():
         yield f"rank {rank}: a row past the last of {rows} is in use"
         return
-    for what, got, expected in (
-        ("token", result.row_token[:rows], delivery.tokens[copy[order]]),
-        ("slot", result.row_slot[:rows], slot[order]),
+    for what, values, expected in (
+        ("token", got.row_token[:rows], delivery.tokens[copy[order]]),
+        ("slot", got.row_slot[:rows], slot[order]),
     ):
-        if not np.array_equal(got, expected):
-            at = int(np.flatnonzero(got != expected)[0])
-            yield f"rank {rank}: row {at} holds {what} {got[at]}, expected {expected[at]}"
+        if not np.array_equal(values, expected):
+            at = int(np.flatnonzero(values != expected)[0])
+            yield f"rank {rank}: row {at} holds {what} {values[at]}, expected {expected[at]}"
             return
 
 

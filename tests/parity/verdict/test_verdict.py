@@ -8,7 +8,7 @@ import pytest
 from parity.tolerance import ErrorModel
 from parity.verdict import judge
 from parity.verdict.layout import holdings
-from tests.parity.simulated import rounded, simulate
+from tests.parity.simulated import rounded, simulate, spoiled
 
 SP = "dp2.tp2.ep/allgather/bf16/t13-6.d64.f64/e8.k2"
 MODES = [
@@ -23,7 +23,7 @@ MODES = [
 
 def spoil(ranks, rank, **changes):
     out = list(ranks)
-    out[rank] = dataclasses.replace(out[rank], **{k: v(getattr(out[rank], k)) for k, v in changes.items()})
+    out[rank] = spoiled(out[rank], **changes)
     return out
 
 
@@ -198,3 +198,49 @@ def test_metrics_are_plain_json(oracle):
     again = json.loads(json.dumps(metrics))
     assert sum(again["frameworks"]["one"]["ulps"].values()) == reference.y.size
     assert again["one vs two"]["bitwise_equal"] == 1.0
+
+
+# Frameworks that show less.
+def bare(ranks):
+    return [dataclasses.replace(result, decisions=None, repeat_equal=None) for result in ranks]
+
+
+def chosen_only(ranks):
+    return [
+        dataclasses.replace(r, decisions=dataclasses.replace(r.decisions, rows=None, router_logits=None)) for r in ranks
+    ]
+
+
+@pytest.mark.parametrize("text", MODES)
+def test_an_output_alone_is_held_to_the_oracle_and_what_it_leaves_open_is_listed(oracle, text):
+    case, _, reference = oracle(text)
+    right = simulate(case, reference)
+    judgement = judge(case, reference, {"bare": bare(right), "full": right, "chosen": chosen_only(right)})
+    assert judgement.verdict == "pass", judgement.reason
+    logits = ["router logits"] if reference.logits is not None else []
+    sides = judgement.metrics["frameworks"]
+    assert sides["full"]["not_checked"] == []
+    assert sides["chosen"]["not_checked"] == [*logits, "rows, loads and drops"]
+    assert sides["bare"]["not_checked"] == ["experts and weights", *logits, "rows, loads and drops", "repeated run"]
+    assert {gate.framework for gate in judgement.gates if gate.gate == "frameworks"} == {
+        "bare vs full", "bare vs chosen", "full vs chosen",
+    }  # fmt: skip
+    assert not any(gate.gate == "router" and gate.framework == "bare" for gate in judgement.gates)
+
+
+def test_an_output_alone_can_fail_every_gate_that_sees_outputs(oracle):
+    fails(oracle, SP, "oracle", "19 of 19 tokens", lambda c, r: bare(everywhere(r, lambda i, x: 1.1 * x.y)))
+    fails(oracle, SP, "frameworks", "differ by", lambda c, r: bare(everywhere(r, lambda i, x: 1.1 * x.y)))
+    nudge = lambda y: np.where((np.arange(len(y))[:, None] == 2) & (np.arange(64) == 5), y * (1 + 2**-7), y)  # noqa: E731
+    fails(oracle, SP, "exact", "tp replica's at row 2, column 5", lambda c, r: bare(spoil(r, 1, y=nudge)))
+    fails(oracle, SP, "sane", "padding row", lambda c, r: bare(everywhere(r, lambda i, x: x.y + np.float32(1))))
+
+
+def test_ids_and_weights_without_rows_are_held_to_the_oracles(oracle):
+    def other(case, ranks):
+        swap = lambda ids: np.where(np.arange(len(ids))[:, None] == 3, (ids + 1) % 8, ids)  # noqa: E731
+        return chosen_only(spoil(ranks, 0, topk_ids=swap))
+
+    fails(oracle, SP, "exact", "token 3", other)
+    heavier = lambda c, r: chosen_only(spoil(r, 0, topk_weights=lambda w: w * np.float32(1.001)))  # noqa: E731
+    fails(oracle, SP, "router", "weight of token", heavier)
