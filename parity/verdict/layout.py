@@ -25,10 +25,16 @@ def assemble(case: Case, ranks: Sequence[Decisions], name: str) -> np.ndarray:
     return np.concatenate([getattr(ranks[r], name)[ranks[r].token_index >= 0] for r in once])
 
 
-def place(case: Case, token: int) -> str:
+def home(case: Case, token: int) -> tuple[int, int]:
+    """The DP rank that a token lies on, and its row there."""
     ends = np.cumsum(case.tokens)
     rank = int(np.searchsorted(ends, token, side="right"))
-    return f"DP rank {rank}, row {token - (ends[rank] - case.tokens[rank])}"
+    return rank, int(token - (ends[rank] - case.tokens[rank]))
+
+
+def place(case: Case, token: int) -> str:
+    rank, row = home(case, token)
+    return f"DP rank {rank}, row {row}"
 
 
 def expert_ranks(case: Case, ids: np.ndarray) -> list[int]:

@@ -14,12 +14,15 @@ from parity.oracle import Reference
 from parity.results import RankResult
 from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, bound, element_bound
 from parity.verdict.gate import Gate, graded
-from parity.verdict.layout import assemble, expert_ranks, holdings, listed, place
+from parity.verdict.layout import assemble, expert_ranks, holdings, home, listed, place
 from parity.verdict.structure import exempt, selection_bound, shown
 
 ERROR_RATIO = 2.0
 """Frameworks whose errors differ by more than this factor are reported: one of them rounds more often."""
 ULPS = (0.5, 1, 2, 4, 8)
+WORST_ROWS = 10
+INFINITE = 1e9
+"""What a margin of infinity reads in lists of margins: JSON has no infinity, and null says that nothing is there."""
 
 
 def nontrivial(case: Case, reference: Reference) -> Gate:
@@ -123,16 +126,9 @@ def output(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
     detail = f"{_token(case, side, token)} is off by {per_token[token]:.3g} times its bound{_pattern(case, side, off)}"
     gates = [graded("oracle", name, float(per_token[token]), detail)]
 
-    chosen = np.zeros((len(error2), case.experts), bool)
-    np.put_along_axis(chosen, np.clip(side.ids, 0, case.experts - 1), True, axis=1)
-    owner = np.repeat(np.arange(case.dp), case.tokens)
-    for what, members in (("expert", chosen), ("DP rank", owner[:, None] == np.arange(case.dp))):
-        tokens = members.sum(axis=0)
-        ratio = np.zeros(members.shape[1])
-        for i in np.flatnonzero(tokens):
-            limit = bound(variance[members[:, i]].sum(), each * tokens[i], model)
-            ratio[i] = _over(np.sqrt(error2[members[:, i]].sum()), limit)
-        worst = int(np.argmax(ratio))
+    for what, members in (("expert", _users(case, side)), ("DP rank", _residents(case))):
+        ratio = _together(case, side, members, model)
+        worst = int(np.nanargmax(ratio))
         detail = f"tokens of {what} {worst} together are off by {ratio[worst]:.3g} times their bound"
         gates.append(graded("oracle", name, float(ratio[worst]), detail))
 
@@ -145,6 +141,29 @@ def output(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
     )
     gates.append(graded("oracle", name, float(per_element[at, column]), detail))
     return gates
+
+
+def _users(case: Case, side: Side) -> np.ndarray:
+    """(T, E) which tokens use which expert."""
+    chosen = np.zeros((case.total_tokens, case.experts), bool)
+    np.put_along_axis(chosen, np.clip(side.ids, 0, case.experts - 1), True, axis=1)
+    return chosen
+
+
+def _residents(case: Case) -> np.ndarray:
+    """(T, dp) which tokens lie on which DP rank."""
+    return np.repeat(np.arange(case.dp), case.tokens)[:, None] == np.arange(case.dp)
+
+
+def _together(case: Case, side: Side, members: np.ndarray, model: ErrorModel) -> np.ndarray:
+    """(n,) the error over its bound of the tokens of each of n groups (T, n) together; NaN where a group has none."""
+    error2, variance = (side.error**2).sum(axis=1), side.variance.sum(axis=1)
+    out = np.full(members.shape[1], np.nan)
+    for i in np.flatnonzero(members.any(axis=0)):
+        these = members[:, i]
+        limit = bound(variance[these].sum(), freedom(case) * int(these.sum()), model)
+        out[i] = _over(np.sqrt(error2[these].sum()), limit)
+    return out
 
 
 def between(case: Case, one: tuple[str, Side], other: tuple[str, Side], model: ErrorModel) -> Gate:
@@ -175,6 +194,7 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
     spread = np.sqrt((side.error**2).sum(axis=1) / np.maximum((y**2).sum(axis=1), 1e-300))
     token = int(np.argmax(_over(np.linalg.norm(side.error, axis=1), np.sqrt(side.variance.sum(axis=1)))))
     column = int(np.argmax(np.abs(side.error[token])))
+    per_token = _over(np.linalg.norm(side.error, axis=1), bound(side.variance.sum(axis=1), freedom(case), model))
     exempt = int(side.exempt.sum())
     near = 0
     if side.reference.routing is not None:
@@ -191,7 +211,33 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
         "worst": {"token": token, "column": column, "place": place(case, token), "experts": side.ids[token].tolist(),
                   "ranks": expert_ranks(case, side.ids[token]), "value": float(side.y[token, column]),
                   "expected": float(y[token, column])},
+        "worst_rows": [_row(case, side, int(t), float(per_token[t]), float(spread[t]))
+                       for t in np.argsort(-per_token, kind="stable")[:WORST_ROWS]],
+        **_margins(case, side, model),
     }  # fmt: skip
+
+
+def _row(case: Case, side: Side, token: int, margin: float, relative: float) -> dict:
+    rank, row = home(case, token)
+    return {"token": token, "rank": rank, "row": row, "experts": side.ids[token].tolist(),
+            "margin": min(margin, INFINITE), "relative": relative}  # fmt: skip
+
+
+def _margins(case: Case, side: Side, model: ErrorModel) -> dict:
+    """Error over bound of the tokens of each DP rank, of each expert, and of each expert's tokens on each DP rank."""
+    users, residents = _users(case, side), _residents(case)
+    out = {
+        "by_rank": _plain(_together(case, side, residents, model)),
+        "by_expert": _plain(_together(case, side, users, model)),
+    }
+    if case.dp > 1:
+        both = (_together(case, side, users & residents[:, rank, None], model) for rank in range(case.dp))
+        out["by_rank_and_expert"] = [_plain(row) for row in both]
+    return out
+
+
+def _plain(margins: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(m) else min(m, INFINITE) for m in margins.tolist()]
 
 
 def _over(error: np.ndarray, limit: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from parity.case import Case
 from parity.tolerance import ErrorModel
 from parity.verdict import judge
 from parity.verdict.layout import holdings
@@ -244,3 +245,56 @@ def test_ids_and_weights_without_rows_are_held_to_the_oracles(oracle):
     fails(oracle, SP, "exact", "token 3", other)
     heavier = lambda c, r: chosen_only(spoil(r, 0, topk_weights=lambda w: w * np.float32(1.001)))  # noqa: E731
     fails(oracle, SP, "router", "weight of token", heavier)
+
+
+# Where the errors are.
+def spoiled(oracle, text, factor):
+    """Numbers of a framework whose output is multiplied by `factor`, (T,), token by token."""
+    case, _, reference = oracle(text)
+    y = reference.y * np.asarray(factor)[:, None]
+    ranks = simulate(case, dataclasses.replace(reference, y=y))
+    return case, reference, judge(case, reference, {"one": ranks}).metrics["frameworks"]["one"]
+
+
+@pytest.mark.parametrize("text", MODES)
+def test_errors_are_laid_out_by_rank_and_by_expert(oracle, text):
+    case, reference, found = spoiled(oracle, text, np.ones(Case.parse(text).total_tokens))
+    load = np.bincount(reference.ids.ravel(), minlength=case.experts)
+    assert [margin is None for margin in found["by_expert"]] == (load == 0).tolist()
+    assert [margin is None for margin in found["by_rank"]] == [count == 0 for count in case.tokens]
+    assert all(0 <= margin < 1 for margin in (*found["by_expert"], *found["by_rank"]) if margin is not None)
+    if case.dp > 1:
+        ends = np.cumsum(case.tokens)
+        for rank, row in enumerate(found["by_rank_and_expert"]):
+            here = reference.ids[ends[rank] - case.tokens[rank] : ends[rank]]
+            assert [margin is not None for margin in row] == [bool((here == e).any()) for e in range(case.experts)]
+    else:
+        assert "by_rank_and_expert" not in found
+
+
+def test_the_rank_and_the_experts_of_a_wrong_token_stand_out(oracle):
+    case, _, reference = oracle(SP)
+    token = 15  # the third row of DP rank 1
+    case, reference, found = spoiled(oracle, SP, 1 + 0.5 * (np.arange(case.total_tokens) == token))
+    assert found["by_rank"][1] > 1 > found["by_rank"][0]
+    beyond = {expert for expert, margin in enumerate(found["by_expert"]) if margin > 1}
+    assert beyond == set(reference.ids[token].tolist())
+    both = found["by_rank_and_expert"]
+    assert {(r, e) for r in range(2) for e in range(8) if (both[r][e] or 0) > 1} == {(1, e) for e in beyond}
+    worst, *others = found["worst_rows"]
+    assert (worst["token"], worst["rank"], worst["row"]) == (token, 1, token - 13)
+    assert worst["experts"] == reference.ids[token].tolist()
+    assert worst["relative"] == pytest.approx(0.5, rel=0.02)
+    margins = [row["margin"] for row in found["worst_rows"]]
+    assert margins == sorted(margins, reverse=True)
+    assert len(others) == 9
+    assert others[0]["margin"] < 1
+
+
+def test_a_margin_without_limit_is_a_number_in_the_lists(oracle):
+    case, _, reference = oracle("dp1.tp1/local/bf16/t24.d64.f64/e8.k2/ids")
+    users = (reference.ids == 2).any(axis=1)
+    exact = dataclasses.replace(reference, variance=reference.variance * ~users[:, None])  # they may be off by nothing
+    found = judge(case, exact, {"one": simulate(case, reference)}).metrics["frameworks"]["one"]
+    assert [expert for expert, margin in enumerate(found["by_expert"]) if margin == 1e9] == [2]
+    assert found["worst_rows"][0]["margin"] == 1e9
