@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from parity.backends.base import Backend, Options, cores
 from parity.backends.gpu import why_no_gpu
 from parity.case import Case, CaseError
 from parity.launch import InfrastructureError
-from parity.records import Folder, Outcome, OutError, counts, exit_code
+from parity.records import Folder, Outcome, OutError, counts, exit_code, package_version
 from parity.runner import run as run_cases
 from parity.runner import session
 
@@ -64,13 +63,6 @@ Timeout = Annotated[
     float, typer.Option("--timeout", callback=_positive, help="Seconds a case may take in the frameworks.")
 ]
 JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
-
-
-def package_version() -> str:
-    try:
-        return version("moe-parity")
-    except PackageNotFoundError:
-        return "0.1.0 (not installed)"
 
 
 def _print_version(asked: bool) -> None:
@@ -139,6 +131,7 @@ def run_command(
         list[str] | None, typer.Option("--backend", "-b", help="Framework to run; repeat it. Default: jax and torch.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")] = None,
 ) -> None:
     """Run cases in every framework and judge them.
 
@@ -147,7 +140,7 @@ def run_command(
     with _messages():
         cases = _chosen(ids, grid, match)
         chosen = _backends(backend, Options(platform=where.value, jax_processes=jax_processes))
-        raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose))
+        raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit))
 
 
 def _chosen(ids: Sequence[str] | None, grid: str | None, match: str | None) -> list[Case]:
@@ -176,8 +169,11 @@ def _run(
     fail_fast: bool,
     timeout: float,
     verbose: bool,
+    junit: Path | None,
 ) -> int:
     console, began = _console(), time.monotonic()
+    if junit:
+        report.check_junit(junit)
     status, interrupted, trouble = PASSED, False, ""
     with Folder(out, resume, {str(case) for case in cases}) as folder:
         earlier = len(folder.done)
@@ -200,9 +196,11 @@ def _run(
         summary = _summary(cases, folder.done, time.monotonic() - began, versions, status, interrupted, trouble)
         try:
             folder.summarize(summary)
+            if junit:
+                report.write_junit(junit, list(map(str, cases)), folder.done, summary)
         except InfrastructureError as error:
             trouble, status = trouble or str(error), BROKEN
-        report.final_table(console, cases, folder.done, verbose)
+        report.final_table(console, list(map(str, cases)), folder.done, verbose)
     console.print(f"{report.duration(time.monotonic() - began)}, results in {out}", highlight=False)
     if interrupted:
         _say(f"interrupted; what is done is in {out}, go on with --resume")
@@ -228,6 +226,7 @@ def _summary(
         "counts": counts(outcomes.values()),
         "cases": len(cases),
         "not_run": len(cases) - len(outcomes),
+        "cases_not_run": [str(case) for case in cases if str(case) not in outcomes],
         "exit_status": status,
         "interrupted": interrupted,
         "trouble": trouble,

@@ -1,4 +1,8 @@
-"""What a run leaves in its folder: `results.jsonl`, one object a case as they come, and `summary.json`."""
+"""What a run leaves in its folder: `results.jsonl`, a header and one object a case as they come, and `summary.json`.
+
+The header names the format and its version. It changes whenever an older reader would misread a line, or a newer one
+an older line; a file of another version is refused, never guessed at. Files without a header are of version 1.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +24,19 @@ from parity.launch import InfrastructureError
 VERDICTS = ("pass", "fail", "error", "skip")
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
+FORMAT, VERSION = "parity-results", 2
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class OutError(ValueError):
-    """`--out` cannot be used as it is; the message says why."""
+    """A folder or file cannot be used as it is; the message says why."""
+
+
+def package_version() -> str:
+    try:
+        return version_of("moe-parity")
+    except PackageNotFoundError:
+        return "0.1.0 (not installed)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +72,57 @@ def plain(value: Any) -> Any:
 
 
 def read(path: Path) -> dict[str, Outcome]:
-    """The outcomes in a results file by case, the last of each; a torn line (an interrupted write) is skipped."""
+    """The outcomes in a results file by case, the last of each; a torn line (an interrupted write) is skipped.
+
+    Raises:
+      OutError: the file is of another version.
+    """
     out: dict[str, Outcome] = {}
+    headed = False
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 data = json.loads(line)
-                outcome = Outcome(**{name: data[name] for name in ("case", "verdict", "reason", "metrics", "seconds")})
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
+            if not isinstance(data, dict):
+                continue
+            if "format" in data:
+                check_version(data, FORMAT, VERSION, path)
+                headed = True
+                continue
+            try:
+                outcome = Outcome(**{name: data[name] for name in ("case", "verdict", "reason", "metrics", "seconds")})
+            except (KeyError, TypeError):
+                continue
+            if not headed:
+                check_version({"format": FORMAT, "version": 1}, FORMAT, VERSION, path)
             if outcome.verdict in VERDICTS:
                 out[outcome.case] = outcome
     return out
+
+
+def check_version(header: Mapping[str, Any], expected: str, version: int, path: Path) -> None:
+    """Refuse what another parity wrote.
+
+    Raises:
+      OutError: `header` names another format or version.
+    """
+    if header.get("format") != expected:
+        raise OutError(f"{str(path)!r} is of format {header.get('format')!r}, not {expected!r}")
+    if header.get("version") != version:
+        raise OutError(
+            f"{str(path)!r} is of version {header.get('version')!r} of the format {expected!r}; this parity "
+            f"({package_version()}) reads and writes version {version}. Use the parity that wrote it, or run the cases "
+            "again into another --out"
+        )
 
 
 class Folder:
     """The `--out` folder of one run, locked against another. A context manager.
 
     Raises:
-      OutError: the folder cannot be made or written, or another run is writing to it.
+      OutError: the folder cannot be made or written, another run is writing to it, or what it has cannot be resumed.
       InfrastructureError: no space is left.
     """
 
@@ -93,17 +139,25 @@ class Folder:
                 self._lock.close()
                 raise OutError(f"another run is writing to {str(path)!r}; wait for it or give another --out") from None
             results = path / RESULTS
-            earlier = read(results)
             if resume:
+                try:
+                    earlier = read(results)
+                except OutError:
+                    self._lock.close()
+                    raise
                 # Errors are tried again. The file is written anew, so that it keeps one whole line a case.
                 again = {name for name, outcome in earlier.items() if outcome.verdict == "error" and name in cases}
                 kept = [outcome for name, outcome in earlier.items() if name not in again]
                 self.done = {outcome.case: outcome for outcome in kept if outcome.case in cases}
-                self._replace(results, "".join(_line(outcome) for outcome in kept))
-            elif earlier:
-                os.replace(results, results.with_suffix(".previous.jsonl"))
+                self._replace(results, "".join([_header(), *map(_line, kept)]))
+            else:
+                if _holds_results(results):
+                    os.replace(results, results.with_suffix(".previous.jsonl"))
                 (path / SUMMARY).unlink(missing_ok=True)
             self._file = open(results, "a" if resume else "w", encoding="utf-8")  # noqa: SIM115 - held until close
+            if not resume:
+                self._file.write(_header())
+                self._file.flush()
 
     @contextlib.contextmanager
     def _reporting(self):
@@ -149,6 +203,17 @@ class Folder:
         with contextlib.suppress(OSError):
             self._file.close()
         self._lock.close()
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a results file, of whatever version, has more than a header."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        return any(line.strip() and not line.startswith('{"format"') for line in file)
+    return False
+
+
+def _header() -> str:
+    return json.dumps({"format": FORMAT, "version": VERSION, "parity": package_version()}) + "\n"
 
 
 def _line(outcome: Outcome) -> str:

@@ -226,7 +226,7 @@ def _row(case: Case, side: Side, token: int, margin: float, relative: float) -> 
 def _margins(case: Case, side: Side, model: ErrorModel) -> dict:
     """Error over bound of the tokens of each DP rank, of each expert, and of each expert's tokens on each DP rank."""
     users, residents = _users(case, side), _residents(case)
-    out = {
+    out: dict[str, list] = {
         "by_rank": _plain(_together(case, side, residents, model)),
         "by_expert": _plain(_together(case, side, users, model)),
     }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pytest
@@ -103,6 +104,7 @@ def test_the_capability_table_is_what_cases_may_be():
         (["run", "--platform", "tpu"], "'tpu' is not one of 'cpu', 'gpu'"),
         (["run", "--timeout", "0"], "'--timeout': 0 seconds; it must be more than 0"),
         (["run", "--out", "pyproject.toml"], "--out 'pyproject.toml' cannot be written"),
+        (["run", "--junit", "."], "--junit '.' cannot be written: Is a directory; give a file"),
         (["rum"], "No such command 'rum'"),
         (["selftest", "-k", "nosuch"], "matches none of the bugs; allowed: zero_output"),
     ],
@@ -142,7 +144,7 @@ def test_a_plugged_in_backend_runs_and_leaves_results(plugin, tmp_path):
     done = fake(case_id(1), case_id(2), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 pass" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[1:]]
     assert [line["verdict"] for line in lines] == ["pass", "pass"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["counts"]["pass"] == 2
@@ -180,7 +182,25 @@ def test_resume_skips_what_is_done(plugin, tmp_path):
     assert done.returncode == 0
     assert "1 of 2 cases are in" in done.stdout
     assert "2 pass" in done.stdout
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_resuming_results_of_another_version_is_refused_with_exit_2(plugin, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"format": "parity-results", "version": 99}\n')
+    done = fake(case_id(1), "--out", tmp_path, "--resume")
+    assert done.returncode == 2
+    assert "is of version 99 of the format 'parity-results'; this parity" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_junit_xml_has_every_case(plugin, tmp_path):
+    done = fake(case_id(1), case_id(trouble.WRONG), "--out", tmp_path, "--junit", tmp_path / "ci" / "junit.xml")
+    assert done.returncode == 1
+    cases = ElementTree.parse(tmp_path / "ci" / "junit.xml").getroot().iter("testcase")
+    assert {case.get("name"): case.find("failure") is None for case in cases} == {
+        case_id(1): True,
+        case_id(trouble.WRONG): False,
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -198,7 +218,7 @@ def test_an_interrupted_run_leaves_no_process_and_a_usable_folder(plugin, tmp_pa
     )
     results = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 60
-    while not (results.exists() and results.read_text().endswith("\n")) and time.monotonic() < deadline:
+    while not (results.exists() and results.read_text().count("\n") == 2) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     workers = psutil.Process(running.pid).children(recursive=True)
@@ -220,5 +240,5 @@ MIXED = "dp2.tp2.ep/allgather/bf16/t6-5.d32.f16/e8.k2/shared+gate+latent"
 def test_both_frameworks_agree_however_jax_is_spread(tmp_path, extra):
     done = parity("run", MIXED, "--out", tmp_path, *extra)
     assert done.returncode == 0, done.stdout + done.stderr
-    frameworks = json.loads((tmp_path / "results.jsonl").read_text())["metrics"]["frameworks"]
+    frameworks = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])["metrics"]["frameworks"]
     assert set(frameworks) == {"jax", "torch"}

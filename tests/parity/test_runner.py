@@ -42,7 +42,9 @@ def _folder(path, cases=FINE, resume=False):
 
 
 def _lines(path):
-    return [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    header, *lines = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    assert (header["format"], header["version"]) == ("parity-results", records.VERSION)
+    return lines
 
 
 def test_each_case_is_a_line_as_soon_as_it_is_judged(tmp_path):
@@ -92,8 +94,43 @@ def test_without_resume_earlier_results_are_set_aside(tmp_path):
         runner.run(FINE, Live(), folder)
     with _folder(tmp_path) as folder:
         assert not folder.done
-    assert (tmp_path / "results.jsonl").read_text() == ""
-    assert len((tmp_path / "results.previous.jsonl").read_text().splitlines()) == 3
+    assert _lines(tmp_path) == []
+    previous = (tmp_path / "results.previous.jsonl").read_text()
+    assert len(previous.splitlines()) == 4
+    with _folder(tmp_path):  # an empty run sets nothing aside
+        pass
+    assert (tmp_path / "results.previous.jsonl").read_text() == previous
+
+
+def _without_header(path):
+    results = path / "results.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[1:]))
+
+
+def _of_version(path, version):
+    results = path / "results.jsonl"
+    results.write_text(results.read_text().replace(f'"version": {records.VERSION}', f'"version": {version}', 1))
+
+
+@pytest.mark.parametrize(("change", "said"), [(_without_header, 1), (lambda path: _of_version(path, 99), 99)])
+def test_results_of_another_version_are_refused_and_left_alone(tmp_path, change, said):
+    with _folder(tmp_path) as folder:
+        runner.run(FINE, Live(), folder)
+    change(tmp_path)
+    before = (tmp_path / "results.jsonl").read_text()
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(OutError, match=rf"is of version {said} of the format .* version {records.VERSION}"):
+            _folder(tmp_path, resume=True)
+    assert (tmp_path / "results.jsonl").read_text() == before
+    with _folder(tmp_path) as folder:  # without --resume it is set aside
+        assert not folder.done
+    assert (tmp_path / "results.previous.jsonl").read_text() == before
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"format": "something else", "version": 2}\n')
+    with pytest.raises(OutError, match="is of format 'something else', not 'parity-results'"):
+        _folder(tmp_path, resume=True)
 
 
 def test_fail_fast_stops_at_the_first_that_does_not_pass(tmp_path):

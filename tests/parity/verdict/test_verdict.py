@@ -248,7 +248,7 @@ def test_ids_and_weights_without_rows_are_held_to_the_oracles(oracle):
 
 
 # Where the errors are.
-def spoiled(oracle, text, factor):
+def scaled(oracle, text, factor):
     """Numbers of a framework whose output is multiplied by `factor`, (T,), token by token."""
     case, _, reference = oracle(text)
     y = reference.y * np.asarray(factor)[:, None]
@@ -258,7 +258,7 @@ def spoiled(oracle, text, factor):
 
 @pytest.mark.parametrize("text", MODES)
 def test_errors_are_laid_out_by_rank_and_by_expert(oracle, text):
-    case, reference, found = spoiled(oracle, text, np.ones(Case.parse(text).total_tokens))
+    case, reference, found = scaled(oracle, text, np.ones(Case.parse(text).total_tokens))
     load = np.bincount(reference.ids.ravel(), minlength=case.experts)
     assert [margin is None for margin in found["by_expert"]] == (load == 0).tolist()
     assert [margin is None for margin in found["by_rank"]] == [count == 0 for count in case.tokens]
@@ -275,7 +275,7 @@ def test_errors_are_laid_out_by_rank_and_by_expert(oracle, text):
 def test_the_rank_and_the_experts_of_a_wrong_token_stand_out(oracle):
     case, _, reference = oracle(SP)
     token = 15  # the third row of DP rank 1
-    case, reference, found = spoiled(oracle, SP, 1 + 0.5 * (np.arange(case.total_tokens) == token))
+    case, reference, found = scaled(oracle, SP, 1 + 0.5 * (np.arange(case.total_tokens) == token))
     assert found["by_rank"][1] > 1 > found["by_rank"][0]
     beyond = {expert for expert, margin in enumerate(found["by_expert"]) if margin > 1}
     assert beyond == set(reference.ids[token].tolist())

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parity.case import ACROSS_NODES, CAPABILITIES, CARRIES, FLAGS, FORMATS, MODES, TRANSPORTS, Case
+from parity.case import ACROSS_NODES, CAPABILITIES, CARRIES, FLAGS, FORMATS, MODES, TRANSPORTS
 from parity.records import Outcome, counts
+from parity.report.grid import NOT_RUN, grid, margin
 
-COLOURS = {"pass": "green", "fail": "red", "error": "magenta", "skip": "yellow"}
+COLOURS = {"pass": "green", "fail": "red", "error": "magenta", "skip": "yellow", NOT_RUN: "dim"}
 
 
 def duration(seconds: float) -> str:
@@ -44,15 +45,16 @@ def explain(outcome: Outcome) -> str:
     return text
 
 
-def margin(outcome: Outcome) -> float | None:
-    """A case's largest error over its bound, where it has one."""
-    value = outcome.metrics.get("margin")
-    return float(value) if isinstance(value, int | float) else None
+def final_table(console: Console, ids: Sequence[str], outcomes: Mapping[str, Outcome], verbose: bool) -> None:
+    """Cases that did not pass in full (all with `verbose`), then the grid, then the counts.
 
-
-def final_table(console: Console, cases: Sequence[Case], outcomes: Mapping[str, Outcome], verbose: bool) -> None:
-    """Cases that did not pass in full (all with `verbose`), then the grid in short."""
-    shown = [outcomes[str(c)] for c in cases if str(c) in outcomes]
+    Args:
+      console: where to.
+      ids: every case asked for.
+      outcomes: by case id, of those that ran.
+      verbose: whether to list cases that passed.
+    """
+    shown = [outcomes[text] for text in ids if text in outcomes]
     if not verbose:
         shown = [outcome for outcome in shown if outcome.verdict != "pass"]
     if shown:
@@ -67,33 +69,32 @@ def final_table(console: Console, cases: Sequence[Case], outcomes: Mapping[str, 
         console.print(table)
     # not the table's title, which would wrap at the table's width
     console.print("passed of total, and the largest error over its bound", style="italic")
-    console.print(_summary_table(cases, outcomes))
-    tally = counts(outcomes.values())
+    console.print(grid_table(ids, outcomes))
+    tally = counts(outcomes[text] for text in ids if text in outcomes)
     words = [f"[{COLOURS[name]}]{count} {name}[/]" for name, count in tally.items() if count]
-    missing = len(cases) - len(outcomes)
+    missing = len(ids) - sum(tally.values())
     console.print(", ".join(words + ([f"{missing} not run"] if missing else [])) or "nothing ran")
 
 
-def _summary_table(cases: Sequence[Case], outcomes: Mapping[str, Outcome]) -> Table:
-    """Mode × format: passed of total, and the worst margin (error over bound)."""
+def grid_table(ids: Sequence[str], outcomes: Mapping[str, Outcome]) -> Table:
+    """Mode and transport × format: passed of total, and the worst margin (error over bound)."""
+    formats, rows = grid(ids, outcomes)
     table = Table()
     table.add_column("parallel mode")
-    formats = [fmt for fmt in FORMATS if any(case.format == fmt for case in cases)]
+    table.add_column("transport")
     for fmt in formats:
         table.add_column(fmt, justify="right")
         table.add_column("margin", justify="right")
-    for mode in MODES:
-        row, any_case = [mode], False
+    above = None
+    for row in rows:
+        line = [row.mode if row.mode != above else "", row.transport]
         for fmt in formats:
-            here = [c for c in cases if c.mode == mode and c.format == fmt]
-            got = [outcomes[str(case)] for case in here if str(case) in outcomes]
-            passed = sum(outcome.verdict == "pass" for outcome in got)
-            margins = [value for outcome in got if (value := margin(outcome)) is not None]
-            any_case |= bool(here)
-            colour = "green" if passed == len(here) else "red"
-            row += [f"[{colour}]{passed}/{len(here)}[/]" if here else "", _number(max(margins, default=None))]
-        if any_case:
-            table.add_row(*row)
+            if cell := row.cells.get(fmt):
+                line += [f"[{COLOURS[cell.state]}]{cell.passed}/{cell.total}[/]", _number(cell.margin)]
+            else:
+                line += ["", ""]
+        table.add_row(*line)
+        above = row.mode
     return table
 
 
