@@ -25,6 +25,35 @@ SIGMAS = 6.5
 """The same for one element: its errors are sums of many, so Gaussian, with 8e-11 beyond this."""
 SENSITIVITY = 1 / 3
 """A token's bound over its smallest expert's contribution must stay below this, or losing that expert could hide."""
+RANKS = 8
+"""Parts that a sum over tp ranks may have: the oracle's answer is one for every mesh."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageError:
+    """What one stage adds to the error of its inputs. docs/numerics.md derives each line."""
+
+    rounds: str
+    """Whether its result is rounded to the case's dtype: "yes"; "no", it stays float32; "may", it is for the
+    implementation to choose. One that chose float32 shows it, and is held to float32's error."""
+    arithmetic: str
+    """What it adds in float32 before that, in words."""
+
+
+STAGE_ERRORS = {
+    "logits": StageError(rounds="no", arithmetic="product of depth D"),
+    "choice": StageError(rounds="no", arithmetic="weight: exponential of the logit"),
+    "latent_in": StageError(rounds="yes", arithmetic="product of depth D"),
+    "dispatch": StageError(rounds="yes", arithmetic="nothing: a copy; with the weight on the input, its product"),
+    "gate_up": StageError(rounds="may", arithmetic="product of depth W"),
+    "activation": StageError(rounds="yes", arithmetic="activation in float32"),
+    "down": StageError(rounds="may", arithmetic="product of depth F; under TP its parts may round"),
+    "combine": StageError(rounds="no", arithmetic="sum of K terms"),
+    "latent_out": StageError(rounds="no", arithmetic="its input rounds; product of depth L"),
+    "shared": StageError(rounds="no", arithmetic="an expert: gate and up may round, the activation rounds"),
+    "reduce": StageError(rounds="yes", arithmetic="routed plus shared"),
+}
+"""By stage (`parity.stages`). A quantized format will add lines, not loosen these."""
 
 
 def spread(count: float) -> float:
@@ -57,9 +86,14 @@ class ErrorModel:
         """A float32 rounding's variance in these units."""
         return (UNIT_ROUNDOFF["f32"] / self.u) ** 2
 
+    @property
+    def narrow(self) -> float:
+        """1 where the dtype is narrower than float32, else 0: there the arithmetic's own rounding is the only one."""
+        return 1.0 if self.f32 < 1 else 0.0
+
     def rounding(self, value: np.ndarray) -> np.ndarray:
-        """`value` rounded to the case's dtype once."""
-        return value**2
+        """A float32 `value` rounded to the case's dtype once."""
+        return self.narrow * value**2
 
     def matmul(self, inputs2: np.ndarray, weights2: np.ndarray, out: np.ndarray, depth: int) -> np.ndarray:
         """Float32 accumulation of a product of the given depth.
@@ -88,9 +122,16 @@ class ErrorModel:
         """
         return self.f32 * (9 + below_max**2) + 2 * logit_variance
 
-    def sum_f32(self, terms2: np.ndarray, count: int) -> np.ndarray:
-        """A float32 sum of `count` terms with `terms2` the sum of their squares."""
+    def combine(self, terms2: np.ndarray, count: int) -> np.ndarray:
+        """A float32 sum of `count` weighted terms with `terms2` the sum of their squares.
+
+        Each product is rounded, and each sum but the first; terms that other ranks add as zeros cost nothing.
+        """
         return self.f32 * terms2 * (count / 2 + 1)
+
+    def across(self, terms2: np.ndarray) -> np.ndarray:
+        """The float32 sum over tp ranks of parts whose squares add up to about `terms2`."""
+        return self.f32 * terms2 * RANKS / 2
 
 
 def bound(variance: np.ndarray, count: float, model: ErrorModel) -> np.ndarray:
