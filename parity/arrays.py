@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+DTYPE = {"bf16": "bfloat16", "f32": "float32"}
+"""The dtype of a format's tokens, weights and rows."""
 STORED_AS = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 

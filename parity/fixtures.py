@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.arrays import STORED_AS, ArrayRef, bits_of_float32, float32_of_bits
+from parity.arrays import DTYPE, STORED_AS, ArrayRef, bits_of_float32, float32_of_bits
 from parity.case import Case
 from parity.oracle.activation import activate, split
 from parity.oracle.router import Routing, route
 
-DTYPE = {"bf16": "bfloat16", "f32": "float32"}
 MARGIN = 1e-3
 """Relative gap between the last chosen expert and the next one: 10,000 times float32's rounding."""
 SMALLEST_SHARE = 0.1

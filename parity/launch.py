@@ -171,7 +171,14 @@ class Pool:
         return any(worker.failure or worker.closed or worker.dead for worker in self.workers)
 
     # A case.
-    def submit(self, case: Case, arrays: Mapping[str, ArrayRef], out: Path, mutation: str | None = None) -> None:
+    def submit(
+        self,
+        case: Case,
+        arrays: Mapping[str, ArrayRef],
+        out: Path,
+        mutation: str | None = None,
+        lessons: Mapping[str, ArrayRef] | None = None,
+    ) -> None:
         """Ask every process for a case; `collect` waits for it."""
         self.wait_ready()
         self._request += 1
@@ -183,6 +190,7 @@ class Pool:
             "arrays": {name: ref.to_json() for name, ref in arrays.items()},
             "out": str(out),
             "mutation": mutation,
+            "lessons": None if lessons is None else {name: ref.to_json() for name, ref in lessons.items()},
         }
         self._submitted = time.monotonic()
         for worker in self.workers:

@@ -20,23 +20,41 @@ from parity.launch import InfrastructureError, Pool, Pools, RankError
 from parity.records import STORAGE_ERRORS, Folder, Outcome
 from parity.results import RankResult
 
-REFERENCES_KEPT = 4
+ANSWERS_KEPT = 4
+ANSWERS_BYTES = 1 << 30
 SCRATCH_PREFIX = "moe-parity-"
 
 
 @dataclass(frozen=True)
 class Harness:
-    """The three steps around the frameworks, each replaceable in tests."""
+    """The steps around the frameworks, each replaceable in tests."""
 
     build: Callable[[Case, Path], dict[str, ArrayRef]]
     reference: Callable[[Case, Mapping[str, ArrayRef]], Any]
     judge: Callable[[Case, Any, Mapping[str, list[RankResult]]], Any]
+    teach: Callable[[Case, Mapping[str, ArrayRef], Path], tuple[Any, dict[str, ArrayRef]]] | None = None
+    """Takes the place of `reference` and gives lessons too; None: stages are not compared."""
 
     @classmethod
-    def default(cls) -> Harness:
+    def default(cls, stages: bool = True) -> Harness:
         from parity import fixtures, oracle, verdict
 
-        return cls(fixtures.build, oracle.reference, verdict.judge)
+        return cls(fixtures.build, oracle.reference, verdict.judge, oracle.teach if stages else None)
+
+
+@dataclass
+class _Prepared:
+    """What the oracle has to say on cases that share its answer."""
+
+    reference: Any
+    lessons: dict[str, ArrayRef] | None = None
+    folder: Path | None = None
+    """Where the lessons lie."""
+
+    @property
+    def nbytes(self) -> int:
+        # what is taught is as large, and is made later
+        return 2 * getattr(self.reference, "nbytes", 0)
 
 
 @dataclass
@@ -48,11 +66,16 @@ class Session:
     pools: Pools
     harness: Harness
     timeout: float
-    _references: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    _answers: OrderedDict[str, _Prepared] = field(default_factory=OrderedDict)
+    _lessons_written: int = 0
     _failed_starts: int = 0
 
-    def outcome(self, case: Case) -> Outcome:
+    def outcome(self, case: Case, then: Case | None = None) -> Outcome:
         """Run and judge one case. A rank's trouble is the case's error, never the run's.
+
+        Args:
+          case: which.
+          then: the next one, if it is known: the oracle gets to it while the frameworks are busy with this one.
 
         Raises:
           InfrastructureError: no case can run.
@@ -62,7 +85,7 @@ class Session:
             if reason := backend.unsupported(case):
                 return Outcome(case=str(case), verdict="skip", reason=f"{backend.name}: {reason}")
         try:
-            results, reference = self.execute(case, self.backends)
+            results, reference = self.execute(case, self.backends, then=then)
             judgement = self.harness.judge(case, reference, results)
         except RankError as error:
             metrics = {"ranks": error.ranks, "kind": error.kind, "log": str(error.log), "log_tail": error.tail}
@@ -81,9 +104,11 @@ class Session:
         )
 
     def execute(
-        self, case: Case, backends: Sequence[Backend], mutation: str | None = None
+        self, case: Case, backends: Sequence[Backend], mutation: str | None = None, then: Case | None = None
     ) -> tuple[dict[str, list[RankResult]], Any]:
         """Run a case on some backends, with a bug planted in them or not; meanwhile ask the oracle.
+
+        Where stages are compared the oracle comes first, since the frameworks need its lessons.
 
         Returns:
           Each backend's results in rank order, and the oracle's answer.
@@ -92,8 +117,8 @@ class Session:
           RankError: a rank died, hung or raised.
           InfrastructureError: workers cannot start, or there is no room.
         """
-        with _room(self.scratch):
-            arrays = self.harness.build(case, self.scratch / "arrays")
+        arrays = self._arrays(case)
+        lessons = None if self.harness.teach is None else self._ask(case, arrays).lessons
         pools: list[tuple[Backend, Pool, Path]] = []
         try:
             for backend in backends:
@@ -102,8 +127,9 @@ class Session:
             for index, (backend, pool, out) in enumerate(pools):
                 pools[index] = (backend, self._started(backend, pool, case), out)
             for _, pool, out in pools:
-                pool.submit(case, arrays, out, mutation)
-            reference = self._reference(case, arrays)
+                pool.submit(case, arrays, out, mutation, lessons)
+            reference = self._ask(case, arrays).reference
+            self._look_ahead(reference, then)
             results = {}
             for backend, pool, out in pools:
                 pool.collect(self.timeout)
@@ -152,14 +178,39 @@ class Session:
             out.mkdir(parents=True)
         return out
 
-    def _reference(self, case: Case, arrays: Mapping[str, ArrayRef]) -> Any:
-        key = case.logical_id
-        if key not in self._references:
-            self._references[key] = self.harness.reference(case, arrays)
-            while len(self._references) > REFERENCES_KEPT:
-                self._references.popitem(last=False)
-        self._references.move_to_end(key)
-        return self._references[key]
+    def _arrays(self, case: Case) -> dict[str, ArrayRef]:
+        with _room(self.scratch):
+            return self.harness.build(case, self.scratch / "arrays")
+
+    def _ask(self, case: Case, arrays: Mapping[str, ArrayRef]) -> _Prepared:
+        """The oracle's answer, kept for cases that share it."""
+        key, answers = case.logical_id, self._answers
+        if key not in answers:
+            if self.harness.teach is None:
+                answers[key] = _Prepared(self.harness.reference(case, arrays))
+            else:
+                self._lessons_written += 1
+                folder = self.scratch / "lessons" / str(self._lessons_written)
+                with _room(self.scratch):
+                    answers[key] = _Prepared(*self.harness.teach(case, arrays, folder), folder)
+            # never less than this answer and the one before, whose case may not be judged yet
+            while len(answers) > 2 and (
+                len(answers) > ANSWERS_KEPT or sum(answer.nbytes for answer in answers.values()) > ANSWERS_BYTES
+            ):
+                _, dropped = answers.popitem(last=False)
+                if dropped.folder is not None:
+                    shutil.rmtree(dropped.folder, ignore_errors=True)
+        answers.move_to_end(key)
+        return answers[key]
+
+    def _look_ahead(self, reference: Any, then: Case | None) -> None:
+        """What the oracle can do while the frameworks run: finish this answer, begin the next."""
+        if getattr(reference, "taught", None) is not None:
+            reference.taught()
+        if then is not None and self.harness.teach is not None:
+            # what goes wrong here goes wrong again when its turn comes, and is told then
+            with contextlib.suppress(Exception):
+                self._ask(then, self._arrays(then))
 
 
 @contextlib.contextmanager
@@ -232,7 +283,7 @@ def run(
     left = sum(map(cost, todo))
     began, spent, out = time.monotonic(), 0.0, []
     for index, case in enumerate(todo):
-        outcome = live.outcome(case)
+        outcome = live.outcome(case, todo[index + 1] if index + 1 < len(todo) else None)
         folder.add(outcome)
         out.append(outcome)
         spent, left = spent + cost(case), left - cost(case)

@@ -3,7 +3,8 @@
 Started by `parity.launch`, it reads requests and writes messages as JSON lines on two inherited pipes; its standard
 output and error go to a log. It dies with the process that started it, however that one dies.
 
-    request   {"type": "run", "id": 3, "case": ID, "arrays": {name: ArrayRef}, "out": folder, "mutation": name or null}
+    request   {"type": "run", "id": 3, "case": ID, "arrays": {name: ArrayRef}, "out": folder, "mutation": name or null,
+               "lessons": {name: ArrayRef} or null}
               {"type": "rendezvous", "value": text}
     message   {"type": "rendezvous" | "ready" | "started" | "finished" | "failed" | "heartbeat", ...}
 """
@@ -121,7 +122,11 @@ def serve(backend: Backend, request: dict, channel: Channel) -> None:
         case = Case.parse(request["case"])
         arrays = {name: ArrayRef.from_json(ref) for name, ref in request["arrays"].items()}
         with planted(backend, request["mutation"]):
-            results = backend.run(case, arrays)
+            if request.get("lessons") is None:
+                results = backend.run(case, arrays)
+            else:
+                lessons = {name: ArrayRef.from_json(ref) for name, ref in request["lessons"].items()}
+                results = backend.run(case, arrays, lessons)
         for rank, result in results.items():
             result.save(Path(request["out"]), rank)
         channel.send("finished", id=number, ranks=sorted(results), seconds=time.monotonic() - began)

@@ -3,5 +3,6 @@
 from parity.oracle.activation import activate as activate
 from parity.oracle.layer import Reference as Reference
 from parity.oracle.layer import reference as reference
+from parity.oracle.lessons import teach as teach
 from parity.oracle.router import Routing as Routing
 from parity.oracle.router import route as route

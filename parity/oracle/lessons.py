@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.arrays import ArrayRef, bits_of_float32
+from parity.arrays import DTYPE, ArrayRef, bits_of_float32
 from parity.case import Case
-from parity.fixtures import DTYPE
 from parity.oracle.hands import Hands, TaughtHands
 from parity.oracle.layer import Reference, reference
 from parity.oracle.value import Value

@@ -35,7 +35,7 @@ class FakeBackend(Backend):
             assert member.receive() == "here"
         return {"fake": "1.0", "pid": str(os.getpid())}
 
-    def run(self, case, arrays):
+    def run(self, case, arrays, lessons=None):
         trouble(case.flags.seed, self.member.index)
         results = simulate(case, reference(case, arrays))
         if case.flags.seed == WRONG:

@@ -29,7 +29,7 @@ class Live:
     answers: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
 
-    def outcome(self, case):
+    def outcome(self, case, then=None):
         self.asked.append(str(case))
         answer = self.answers.get(str(case), "pass")
         if isinstance(answer, BaseException):
