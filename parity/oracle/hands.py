@@ -9,7 +9,6 @@ anew from the lesson, which all sides have bit for bit, so that only its own err
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 

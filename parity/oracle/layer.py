@@ -21,7 +21,6 @@ from parity.oracle.hands import Hands
 from parity.oracle.network import Weights, activation, down, gate_up, shared_expert
 from parity.oracle.router import Routing, route, weigh
 from parity.oracle.value import Value, load, product
-from parity.tolerance import ErrorModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The stages inside of an expert, and the shared expert, which is one stage of them all.
 
-    W width of an expert's input and output (D, or the latent's)   F intermediate   M 2F gated, F not
+W width of an expert's input and output (D, or the latent's)   F intermediate   M 2F gated, F not
 """
 
 from __future__ import annotations

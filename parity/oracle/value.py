@@ -23,7 +23,8 @@ class Value:
     """What is added when the result is a sum of parts, one of each tp rank, that are rounded each."""
 
     def __getitem__(self, index: np.ndarray) -> Value:
-        return Value(*(None if part is None else part[index] for part in (self.exact, self.variance, self.tp)))
+        rest = (None if part is None else part[index] for part in (self.variance, self.tp))
+        return Value(self.exact[index], *rest)
 
     @property
     def before(self) -> np.ndarray:
