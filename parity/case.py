@@ -149,6 +149,14 @@ class Case:
         return self.flags.latent or self.hidden
 
     @property
+    def options(self) -> frozenset[str]:
+        """Names of the flags that switch on a part of the layer, without their numbers; an activation by its name."""
+        f = self.flags
+        kept = {name for name in _OPTIONS if getattr(f, name) != getattr(Flags, name)}
+        kept |= {f.activation} - {Flags.activation}
+        return frozenset(kept - ({"ungated"} if f.activation == "relu2" else set()))
+
+    @property
     def gated(self) -> bool:
         return not self.flags.ungated and self.flags.activation != "relu2"
 
@@ -335,6 +343,9 @@ _VALUED = {
     "maxrows": (r"maxrows(\d+)", lambda m: int(m[1])),
     "seed": (r"seed(\d+)", lambda m: int(m[1])),
 }
+_ABOUT_ARRAYS = ("mean", "hot", "seed")
+"""Flags that decide what is in the arrays, and not what the layer does with them."""
+_OPTIONS = tuple(f.name for f in fields(Flags) if f.name not in ("activation", *_ABOUT_ARRAYS))
 _SWITCHES = tuple(f.name for f in fields(Flags) if f.type == "bool")
 
 

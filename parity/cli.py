@@ -127,8 +127,8 @@ def run_command(
     where: Platforms = Platform.cpu,
     timeout: Timeout = 180.0,
     jax_processes: JaxProcesses = False,
-    backend: Annotated[
-        list[str] | None, typer.Option("--backend", "-b", help="Framework to run; repeat it. Default: jax and torch.")
+    frameworks: Annotated[
+        str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")] = None,
@@ -139,7 +139,7 @@ def run_command(
     """
     with _messages():
         cases = _chosen(ids, grid, match)
-        chosen = _backends(backend, Options(platform=where.value, jax_processes=jax_processes))
+        chosen = _backends(frameworks, Options(platform=where.value, jax_processes=jax_processes))
         raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit))
 
 
@@ -150,9 +150,9 @@ def _chosen(ids: Sequence[str] | None, grid: str | None, match: str | None) -> l
     return grids.select(grids.order(cases), match)
 
 
-def _backends(names: Sequence[str] | None, options: Options) -> list[Backend]:
+def _backends(names: str | None, options: Options) -> list[Backend]:
     """Construct the backends, and find out before anything is launched whether they can run."""
-    chosen = [backends.load(name, options) for name in dict.fromkeys(names or backends.DEFAULT)]
+    chosen = [backends.load(name, options) for name in backends.chosen(names)]
     if options.platform == "gpu" and (reason := why_no_gpu()):
         raise InfrastructureError(reason)
     for backend in chosen:
@@ -224,6 +224,7 @@ def _summary(
     )
     return {
         "counts": counts(outcomes.values()),
+        "notes": report.notes(outcomes.values()),
         "cases": len(cases),
         "not_run": len(cases) - len(outcomes),
         "cases_not_run": [str(case) for case in cases if str(case) not in outcomes],
@@ -250,7 +251,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator:
         # a terminal has the bar for passing cases; a log keeps every line
         if outcome.verdict != "pass" or not console.is_terminal:
             console.print(report.progress_line(outcome, count, total, seconds), highlight=False, soft_wrap=True)
-        if outcome.verdict != "pass":
+        if outcome.reason:
             console.print(report.explain(outcome), highlight=False, soft_wrap=True)
 
     if not console.is_terminal:

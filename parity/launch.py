@@ -20,6 +20,7 @@ from pathlib import Path
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend
+from parity.backends.contract import ranks_fault
 from parity.case import Case
 
 START_SECONDS = 180.0
@@ -32,12 +33,12 @@ TAIL_LINES = 30
 
 
 class RankError(Exception):
-    """A rank died, hung or raised: the case is an error, and the run goes on."""
+    """A rank died, hung, raised or gave no answer: the case is an error, and the run goes on."""
 
     def __init__(self, kind: str, reason: str, ranks: str, log: Path, tail: str) -> None:
         super().__init__(reason)
         self.kind = kind
-        """"died", "hung" or "raised"."""
+        """"died", "hung", "raised", or "answered": with something that cannot be judged."""
         self.reason = reason
         self.ranks = ranks
         self.log = log
@@ -60,6 +61,8 @@ class Worker:
     state: str = "starting"
     """"starting", "ready", "busy", "finished" or "failed"."""
     heard: float = field(default_factory=time.monotonic)
+    ranks: list[int] = field(default_factory=list)
+    """The ranks it answered for."""
     failure: dict | None = None
     failed_at: float = 0.0
     closed: bool = False
@@ -86,6 +89,7 @@ class Pool:
         """Ranks of the present case; more than processes where one process holds several."""
         self._selector = selectors.DefaultSelector()
         self._request = 0
+        self._case: Case | None = None
         self._submitted = 0.0
 
     # Life.
@@ -182,7 +186,7 @@ class Pool:
         """Ask every process for a case; `collect` waits for it."""
         self.wait_ready()
         self._request += 1
-        self.world = case.world
+        self.world, self._case = case.world, case
         request = {
             "type": "run",
             "id": self._request,
@@ -208,13 +212,16 @@ class Pool:
           Seconds the slowest process took.
 
         Raises:
-          RankError: a rank died, hung or raised.
+          RankError: a rank died, hung, raised or gave no answer.
           InfrastructureError: a rank found no room to write its results.
         """
         deadline = self._submitted + timeout
         while self.busy:
             self._pump(0.1)
             self._check(deadline, "busy", timeout)
+        assert self._case is not None
+        if fault := ranks_fault(self._case, [rank for worker in self.workers for rank in worker.ranks]):
+            raise self._no_answer(self.workers[0], fault)
         return self.seconds
 
     seconds: float = 0.0
@@ -254,7 +261,7 @@ class Pool:
                 if other is not worker:
                     self._send(other, message)
         elif kind == "finished" and message["id"] == self._request:
-            worker.state = "finished"
+            worker.state, worker.ranks = "finished", message["ranks"]
             self.seconds = message["seconds"]
         elif kind == "failed":
             worker.state, worker.failure, worker.failed_at = "failed", message, time.monotonic()
@@ -291,7 +298,13 @@ class Pool:
             return InfrastructureError(f"no room for the results of {self._name([worker])}: {worker.failure['error']}")
         if worker.failure["id"] == 0:
             return self._cannot_start(worker, worker.failure["error"])
+        if worker.failure["answer"]:
+            return self._no_answer(worker, worker.failure["answer"])
         return self._error("raised", [worker], f"raised {worker.failure['error']}")
+
+    def _no_answer(self, worker: Worker, fault: str) -> RankError:
+        reason = f"backend {self.backend.name!r} gave no answer that can be judged: {fault}"
+        return RankError("answered", reason, self._name([worker]), worker.log, self.tail(worker))
 
     def _cannot_start(self, worker: Worker, why: str) -> InfrastructureError:
         return InfrastructureError(

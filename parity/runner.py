@@ -81,11 +81,13 @@ class Session:
           InfrastructureError: no case can run.
         """
         began = time.monotonic()
-        for backend in self.backends:
-            if reason := backend.unsupported(case):
-                return Outcome(case=str(case), verdict="skip", reason=f"{backend.name}: {reason}")
+        skipped: dict[str, str] = {}
         try:
-            results, reference = self.execute(case, self.backends, then=then)
+            skipped = {b.name: reason for b in self.backends if (reason := b.unsupported(case))}
+            taking = [backend for backend in self.backends if backend.name not in skipped]
+            if not taking:
+                return Outcome(case=str(case), verdict="skip", reason=_refusals(skipped), metrics={"skipped": skipped})
+            results, reference = self.execute(case, taking, then=then)
             judgement = self.harness.judge(case, reference, results)
         except RankError as error:
             metrics = {"ranks": error.ranks, "kind": error.kind, "log": str(error.log), "log_tail": error.tail}
@@ -99,6 +101,10 @@ class Session:
             failed = [asdict(gate) for gate in judgement.gates if not gate.passed]
             metrics = {**judgement.metrics, "failed_gates": failed}
             verdict, reason = judgement.verdict, judgement.reason
+            if verdict == "pass" and len(taking) == 1 < len(self.backends):
+                reason = f"only {taking[0].name} took the case, held to the oracle alone; {_refusals(skipped)}"
+        if skipped:
+            metrics = {**metrics, "skipped": skipped}
         return Outcome(
             case=str(case), verdict=verdict, reason=reason, metrics=metrics, seconds=time.monotonic() - began
         )
@@ -211,6 +217,12 @@ class Session:
             # what goes wrong here goes wrong again when its turn comes, and is told then
             with contextlib.suppress(Exception):
                 self._ask(then, self._arrays(then))
+
+
+def _refusals(skipped: Mapping[str, str]) -> str:
+    """Which backends refused a case and why; those with one reason together."""
+    reasons = dict.fromkeys(skipped.values())
+    return "; ".join(f"{', '.join(n for n, r in skipped.items() if r == reason)}: {reason}" for reason in reasons)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from parity import backends
 from parity.arrays import ArrayRef
+from parity.backends import contract
 from parity.backends.base import Backend, Member, Options
 from parity.case import Case
 
@@ -123,16 +124,17 @@ def serve(backend: Backend, request: dict, channel: Channel) -> None:
         arrays = {name: ArrayRef.from_json(ref) for name, ref in request["arrays"].items()}
         with planted(backend, request["mutation"]):
             if request.get("lessons") is None:
-                results = backend.run(case, arrays)
+                answer = backend.run(case, arrays)
             else:
                 lessons = {name: ArrayRef.from_json(ref) for name, ref in request["lessons"].items()}
-                results = backend.run(case, arrays, lessons)
+                answer = backend.run(case, arrays, lessons)
+        results = contract.check(case, answer, backend.blame_layer)
         for rank, result in results.items():
             result.save(Path(request["out"]), rank)
         channel.send("finished", id=number, ranks=sorted(results), seconds=time.monotonic() - began)
     except Exception as error:
         report_failure(channel, number, error)
-    results = arrays = None
+    results = answer = arrays = None
     release_memory()
 
 
@@ -142,7 +144,14 @@ def report_failure(channel: Channel, number: int, error: BaseException) -> None:
     log(text)
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()
     storage = isinstance(error, OSError) and error.errno in STORAGE_ERRORS
-    channel.send("failed", id=number, error=lines[0] if lines else repr(error), traceback=text, storage=storage)
+    channel.send(
+        "failed",
+        id=number,
+        error=lines[0] if lines else repr(error),
+        answer=str(error) if isinstance(error, contract.AnswerError) else None,
+        traceback=text,
+        storage=storage,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,9 @@ command line:
     [project.entry-points."parity.backends"]
     mine = "my_package.my_backend:MyBackend"
 
-    parity run --backend mine --backend torch
+    parity run --frameworks torch,mine
+
+docs/extending.md has a whole one in forty lines.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 from parity.arrays import ArrayRef
 from parity.backends import gpu
-from parity.case import Case
+from parity.case import FORMATS, MODES, TRANSPORTS, Case
 from parity.results import RankResult
 
 PLATFORMS = ("cpu", "gpu")
@@ -51,11 +53,45 @@ class Member:
     """The other processes call this to wait for what process 0 published."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Which cases a backend can express. The default is all of them."""
+
+    formats: tuple[str, ...] = FORMATS
+    modes: tuple[str, ...] = MODES
+    transports: tuple[str, ...] = TRANSPORTS
+    options: frozenset[str] | None = None
+    """Flags of a case id that it knows, by their names without numbers (`Case.options`); None: all."""
+    needs: frozenset[str] = frozenset()
+    """Flags whose part of the layer it always has, so that a case without them is not its."""
+
+    def missing(self, case: Case) -> str | None:
+        """The first thing a case asks for that is not here, in words; None if there is none."""
+        for what, value, known in (
+            ("format", case.format, self.formats),
+            ("parallel mode", case.mode, self.modes),
+            ("transport", case.transport, self.transports),
+        ):
+            if value not in known:
+                return f"it has no {what} {value!r}; it has {', '.join(known)}"
+        unknown = sorted(case.options - self.options) if self.options is not None else []
+        if unknown:
+            return f"it has no {' and no '.join(map(repr, unknown))}; it has {', '.join(sorted(self.options or ()))}"
+        absent = sorted(self.needs - case.options)
+        return f"it always has {' and '.join(map(repr, absent))}, which the case has not" if absent else None
+
+
 class Backend(ABC):
     """One framework. Construct it with the command's options; keep the constructor free of framework imports."""
 
     name: str
-    """The name on the command line and in results."""
+    """The name on the command line and in results: that of the entry point."""
+    capabilities = Capabilities()
+    """What it can express. What no table can say is for `unsupported` to add."""
+    blame_layer: bool = False
+    """Whose fault an output with too few rows or with NaN is: the layer's, so that the case fails at gate `sane`, or
+    (as long as nobody has shown that this class hands on faithfully what the layer returned) the backend's own, so
+    that the case is an error."""
     platforms: tuple[str, ...] = ("cpu",)
     packages: tuple[str, ...] = ()
     """Importable modules the worker needs; a missing one is reported before anything is launched."""
@@ -80,6 +116,8 @@ class Backend(ABC):
 
     def unsupported(self, case: Case) -> str | None:
         """Why this backend refuses the case, naming the missing capability; None if it takes it."""
+        if reason := self.capabilities.missing(case):
+            return reason
         if self.options.platform == "gpu" and case.world > gpu.count():
             return f"{case.world} ranks need as many GPUs; this machine has {gpu.count()}"
         return None
@@ -105,17 +143,21 @@ class Backend(ABC):
     def run(
         self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
     ) -> dict[int, RankResult]:
-        """Run the layer twice on the same inputs, every process together; with lessons, once more, stage by stage.
+        """Run the layer, every process together; with lessons, once more, stage by stage.
+
+        Run it twice on the same inputs if it is to be held to giving the same bits (`RankResult.repeat_equal`).
 
         Args:
           case: the configuration.
           arrays: parameters in checkpoint layout, `x` (T, D) over real tokens in rank order, and `router_logits`
             (T, E) or `topk_ids` and `topk_weights` (T, K) where the case gives them.
           lessons: the oracle's result of each stage (`parity.stages`), to go on with in place of the layer's own in
-            the third run, whose results go to `RankResult.taught`. A backend without stages leaves it be.
+            another run, whose results go to `RankResult.taught`. A backend without stages leaves it be.
 
         Returns:
-          The result of each rank this process holds, by rank.
+          The result of each rank this process holds, by rank; every rank of the case is held by one process. The
+          output alone will do: what is not there is not checked, and listed so. `parity.backends.layout` has helpers:
+          `token_blocks` cuts the inputs into each rank's block, `hand_out` cuts an answer for all tokens.
         """
 
 

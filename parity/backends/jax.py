@@ -33,6 +33,7 @@ class JaxBackend(Backend):
     platforms = ("cpu", "gpu")
     packages = ("jax", "jax_moe")
     install = "pip install moe-parity"
+    blame_layer = True
 
     def processes(self, case: Case) -> int:
         return case.world if self.options.jax_processes else 1

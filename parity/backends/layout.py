@@ -16,7 +16,7 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.case import Case
-from parity.results import Decisions, Rows
+from parity.results import Decisions, RankResult, Rows
 
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 INPUTS = ("x", "router_logits", "topk_ids", "topk_weights")
@@ -124,3 +124,47 @@ def decisions(traced: Mapping[str, np.ndarray], dropped: int) -> Decisions:
     """A rank's decisions from what its trace holds of TRACE_FIELDS."""
     rows = Rows(**{name: traced[name] for name in ROW_FIELDS}, dropped=dropped)
     return Decisions(**{name: traced[name] for name in ROUTING_FIELDS if name in traced}, rows=rows)
+
+
+def hand_out(
+    case: Case,
+    y: np.ndarray,
+    y_dtype: str,
+    *,
+    topk_ids: np.ndarray | None = None,
+    topk_weights: np.ndarray | None = None,
+    router_logits: np.ndarray | None = None,
+    repeat_equal: bool | None = None,
+) -> dict[int, RankResult]:
+    """Every rank's result, from an answer for all tokens that one process computed.
+
+    What the layer computes does not depend on the mesh, so a layer without one can be held against any mesh: each rank
+    gets the rows of its tokens. That says nothing about a mesh of the layer's own.
+
+    Args:
+      case: what was run.
+      y: (T, D) output of the real tokens, in the order of the case's `x`.
+      y_dtype: the dtype the layer returned, by name.
+      topk_ids: (T, K) the layer's choice, if it shows it; then with its weights.
+      topk_weights: (T, K) their weights.
+      router_logits: (T, E) if it shows them.
+      repeat_equal: whether a second run gave the same bits, if there was one.
+    """
+    starts = np.cumsum([0, *block_counts(case)])
+    routed = np.cumsum([0, *(case.rank_counts if case.sequence_parallel else case.tokens)])
+    out = {}
+    for rank in range(case.world):
+        block = block_of_rank(case, rank)
+        decisions = None
+        if topk_ids is not None and topk_weights is not None:
+            chunk = rank if case.sequence_parallel else rank // case.tp
+            own = slice(routed[chunk], routed[chunk + 1])
+            decisions = Decisions(
+                token_index=np.arange(own.start, own.stop, dtype=np.int32),
+                topk_ids=topk_ids[own],
+                topk_weights=topk_weights[own],
+                router_logits=None if router_logits is None else router_logits[own],
+            )
+        rows = y[starts[block] : starts[block + 1]]
+        out[rank] = RankResult(y=rows, y_dtype=y_dtype, decisions=decisions, repeat_equal=repeat_equal)
+    return out

@@ -29,6 +29,7 @@ class TorchBackend(Backend):
     platforms = ("cpu", "gpu")
     packages = ("torch", "torch_moe")
     install = "pip install 'moe-parity[torch]'"
+    blame_layer = True
     collective_frames = ("torch/distributed",)
 
     def environment(self, case: Case) -> dict[str, str]:

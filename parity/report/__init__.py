@@ -9,4 +9,5 @@ from parity.report.terminal import duration as duration
 from parity.report.terminal import explain as explain
 from parity.report.terminal import final_table as final_table
 from parity.report.terminal import flag_lines as flag_lines
+from parity.report.terminal import notes as notes
 from parity.report.terminal import progress_line as progress_line

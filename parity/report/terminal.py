@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -45,6 +46,24 @@ def explain(outcome: Outcome) -> str:
     return text
 
 
+def notes(outcomes: Iterable[Outcome]) -> list[str]:
+    """What the verdicts do not say: cases that a framework did not take, and what it does not show of the others."""
+    outcomes = [outcome for outcome in outcomes if outcome.verdict in ("pass", "fail", "skip")]
+    skipped: dict[str, Counter[str]] = {}
+    unseen: dict[str, dict[str, None]] = {}
+    for outcome in outcomes:
+        for name, reason in outcome.metrics.get("skipped", {}).items():
+            skipped.setdefault(name, Counter())[reason] += 1
+        for name, side in outcome.metrics.get("frameworks", {}).items():
+            unseen.setdefault(name, {}).update(dict.fromkeys(side.get("not_checked", ())))
+    lines = []
+    for name, reasons in skipped.items():
+        (reason, count), others = reasons.most_common(1)[0], len(reasons) - 1
+        more = f" ({count} times; {others} other reason{'s' * (others > 1)})" if others else ""
+        lines.append(f"{name} skipped {reasons.total()} of {len(outcomes)} cases: {reason}{more}")
+    return lines + [f"{name} was not checked for: {'; '.join(parts)}" for name, parts in unseen.items() if parts]
+
+
 def final_table(console: Console, ids: Sequence[str], outcomes: Mapping[str, Outcome], verbose: bool) -> None:
     """Cases that did not pass in full (all with `verbose`), then the grid, then the counts.
 
@@ -74,6 +93,8 @@ def final_table(console: Console, ids: Sequence[str], outcomes: Mapping[str, Out
     words = [f"[{COLOURS[name]}]{count} {name}[/]" for name, count in tally.items() if count]
     missing = len(ids) - sum(tally.values())
     console.print(", ".join(words + ([f"{missing} not run"] if missing else [])) or "nothing ran")
+    for note in notes(outcomes[text] for text in ids if text in outcomes):
+        console.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
 
 
 def grid_table(ids: Sequence[str], outcomes: Mapping[str, Outcome]) -> Table:

@@ -3,11 +3,13 @@
 The case's seed says which trouble rank 1 is in; other seeds are right.
 """
 
+import dataclasses
 import errno
 import os
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from parity.backends.base import Backend
@@ -15,6 +17,15 @@ from parity.oracle import reference
 from tests.parity.simulated import simulate
 
 RAISES, HANGS, KILLED, STOPPED, NO_SPACE, EXITS, PEER_COMPLAINS, WRONG, WAITS = range(901, 910)
+NOTHING, SHORT, NOT_FINITE, NO_RANK, EVERY_RANK = range(921, 926)
+NO_ANSWER = {
+    NOTHING: "run returned None, expected a mapping of rank to RankResult",
+    SHORT: "rank 1: y has shape (4, 16), expected (5 or more, 16)",
+    NOT_FINITE: "rank 1: y is nan at row 3, column 2 (1 of 5 rows), expected finite values",
+    NO_RANK: "no result for rank 1 of 2",
+    EVERY_RANK: "more than one process answered for rank 0",
+}
+"""What rank 1 returns in place of an answer, and what is said of it."""
 
 
 class FakeBackend(Backend):
@@ -40,7 +51,21 @@ class FakeBackend(Backend):
         results = simulate(case, reference(case, arrays))
         if case.flags.seed == WRONG:
             results[0].y[0] *= 1.1
+        if self.member.index == 1 and case.flags.seed in NO_ANSWER:
+            return no_answer(case.flags.seed, results)
         return {self.member.index: results[self.member.index]}
+
+
+def no_answer(seed, results):
+    result = results[1]
+    poisoned = np.where((np.arange(7)[:, None] == 3) & (np.arange(16) == 2), np.nan, result.y)
+    return {
+        NOTHING: None,
+        SHORT: {1: dataclasses.replace(result, y=result.y[:4])},
+        NOT_FINITE: {1: dataclasses.replace(result, y=poisoned)},
+        NO_RANK: {},
+        EVERY_RANK: dict(enumerate(results)),
+    }[seed]
 
 
 def trouble(seed, rank):

@@ -35,7 +35,7 @@ def parity(*arguments, cwd=ROOT, **options):
 
 
 def fake(*arguments, **options):
-    return parity("run", "--backend", "fake", *arguments, **options)
+    return parity("run", "--frameworks", "fake", *arguments, **options)
 
 
 def test_the_commands_process_imports_no_framework(tmp_path):
@@ -43,7 +43,7 @@ def test_the_commands_process_imports_no_framework(tmp_path):
 import sys
 from typer.testing import CliRunner
 from parity.cli import app
-result = CliRunner().invoke(app, ["run", "{case_id(1)}", "--backend", "torch", "--out", {str(tmp_path)!r}])
+result = CliRunner().invoke(app, ["run", "{case_id(1)}", "--frameworks", "torch", "--out", {str(tmp_path)!r}])
 assert result.exit_code == 0, result.output
 found = {{"jax", "jaxlib", "torch", "jax_moe", "torch_moe"}} & set(sys.modules)
 assert not found, found
@@ -100,7 +100,9 @@ def test_the_capability_table_is_what_cases_may_be():
         (["run", "-k", "nosuch"], "-k 'nosuch' matches none of"),
         (["list", "-k", "nosuch"], "-k 'nosuch' matches none of"),
         (["list", "--grid", "nosuch.toml"], "'nosuch.toml' cannot be read"),
-        (["run", "--backend", "trch"], "unknown backend 'trch' (did you mean 'torch'?); allowed: jax, torch"),
+        (["run", "--frameworks", "jax,trch"], "unknown framework 'trch' (did you mean 'torch'?); allowed: jax, torch"),
+        (["run", "--frameworks", ""], "unknown framework ''; allowed: jax, torch"),
+        (["run", "--backend", "torch"], "No such option: --backend"),
         (["run", "--platform", "tpu"], "'tpu' is not one of 'cpu', 'gpu'"),
         (["run", "--timeout", "0"], "'--timeout': 0 seconds; it must be more than 0"),
         (["run", "--out", "pyproject.toml"], "--out 'pyproject.toml' cannot be written"),
@@ -207,7 +209,7 @@ def test_junit_xml_has_every_case(plugin, tmp_path):
 def test_an_interrupted_run_leaves_no_process_and_a_usable_folder(plugin, tmp_path, number):
     # SIGINT as a terminal leaves it, whatever started the tests
     program = "import signal; signal.signal(2, signal.default_int_handler); import parity.cli; parity.cli.main()"
-    command = [sys.executable, "-c", program, "run", "--backend", "fake", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", program, "run", "--frameworks", "fake", "--out", str(tmp_path)]
     running = subprocess.Popen(
         [*command, case_id(1), case_id(trouble.HANGS)],
         env=_environment(),

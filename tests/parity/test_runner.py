@@ -246,6 +246,43 @@ def test_a_backend_may_refuse_a_case(live):
     assert (outcome.verdict, outcome.reason) == ("skip", "fake: no transport 'local'")
 
 
+class Refuses:
+    """A framework that takes no case, and must never be asked for one."""
+
+    def __init__(self, name, reason):
+        self.name, self.reason = name, reason
+
+    def unsupported(self, case):
+        return self.reason
+
+
+def test_a_case_runs_in_the_frameworks_that_take_it_and_says_so_if_that_is_one(live):
+    live.backends += [
+        Refuses("small", "it has no 'gate'"),
+        Refuses("old", "it has no 'gate'"),
+        Refuses("odd", "no f32"),
+    ]
+    outcome = live.outcome(FINE[0])
+    assert outcome.verdict == "pass"
+    assert outcome.reason == (
+        "only fake took the case, held to the oracle alone; small, old: it has no 'gate'; odd: no f32"
+    )
+    assert outcome.metrics["skipped"] == {"small": gate, "old": gate, "odd": "no f32"}
+    assert set(outcome.metrics["frameworks"]) == {"fake"}
+    del live.backends[0]
+    outcome = live.outcome(FINE[0])
+    assert (outcome.verdict, outcome.reason) == ("skip", "small, old: it has no 'gate'; odd: no f32")
+
+
+@pytest.mark.parametrize("seed", trouble.NO_ANSWER)
+def test_what_cannot_be_judged_is_an_error_that_names_the_backend_the_rank_and_what_was_expected(live, seed):
+    outcome = live.outcome(Case.parse(case_id(seed)))
+    assert outcome.verdict == "error"
+    assert outcome.reason == f"backend 'fake' gave no answer that can be judged: {trouble.NO_ANSWER[seed]}"
+    assert outcome.metrics["kind"] == "answered"
+    assert live.outcome(FINE[1]).verdict == "pass"
+
+
 def test_the_oracle_is_asked_once_for_cases_that_share_its_answer(live):
     asked = []
 

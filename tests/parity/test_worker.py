@@ -13,10 +13,11 @@ import pytest
 
 from parity import fixtures
 from parity.arrays import float32_of_bits
-from parity.backends.layout import block_of_rank, parameters, token_blocks
+from parity.backends.layout import block_of_rank, hand_out, parameters, token_blocks
 from parity.case import Case
 from parity.launch import worker_environment
 from parity.results import RankResult
+from parity.verdict.layout import holdings
 from tests.parity.plugin import RAISES, case_id
 from tests.parity.plugin import plugin as plugin
 
@@ -118,6 +119,25 @@ def test_a_signal_dumps_every_threads_stack_to_the_log(worker, tmp_path):
 def test_rank_zero_is_never_in_trouble(worker, cache, tmp_path):
     worker.send(**_request(Case.parse(case_id(RAISES, dp=1)), cache, tmp_path))
     worker.hear("finished")
+
+
+def test_an_answer_for_all_tokens_is_cut_as_the_inputs_lie():
+    for text in (
+        "dp2.tp2.ep/allgather/f32/t7-3.d8.f8/e8.k2",
+        "dp2.tp2.ep.nosp/allgather/f32/t7-3.d8.f8/e8.k2",
+        "dp2.tp2.ep.native/allgather/f32/t7-0.d8.f8/e8.k2",
+    ):
+        case = Case.parse(text)
+        y, ids = np.arange(case.total_tokens)[:, None] * np.ones(8), np.arange(2 * case.total_tokens).reshape(-1, 2)
+        ranks = hand_out(case, y, "float32", topk_ids=ids, topk_weights=ids * 0.5)
+        for rank, (start, count) in enumerate(holdings(case)):
+            assert ranks[rank].y[:, 0].tolist() == list(range(start, start + count))
+            decisions = ranks[rank].decisions
+            assert len(decisions.token_index) == case.rank_counts[rank]
+            assert np.array_equal(decisions.topk_ids, ids[decisions.token_index])
+        once = [r for r in ranks if case.sequence_parallel or r % case.tp == 0]
+        tokens = np.concatenate([ranks[r].decisions.token_index for r in once])
+        assert tokens.tolist() == list(range(case.total_tokens))
 
 
 # Layout.
