@@ -257,11 +257,8 @@ class Refuses:
 
 
 def test_a_case_runs_in_the_frameworks_that_take_it_and_says_so_if_that_is_one(live):
-    live.backends += [
-        Refuses("small", "it has no 'gate'"),
-        Refuses("old", "it has no 'gate'"),
-        Refuses("odd", "no f32"),
-    ]
+    gate = "it has no 'gate'"
+    live.backends += [Refuses("small", gate), Refuses("old", gate), Refuses("odd", "no f32")]
     outcome = live.outcome(FINE[0])
     assert outcome.verdict == "pass"
     assert outcome.reason == (
