@@ -56,6 +56,8 @@ FLAGS = {
     "maxrowsN": "ragged: a rank accepts N rows (else all)",
     "mean": "inputs and weights with a non-zero mean",
     "hot": "every token to the same experts",
+    "ties": "choices that tie exactly: the lower expert, and the lower group, must win",
+    "nearties": "choices within rounding of another: either may win, and not too often",
     "seedN": "another draw of every array",
 }
 
@@ -92,6 +94,8 @@ class Flags:
     """Cap on the rows a rank accepts of the ragged transport; 0: none."""
     mean: bool = False
     hot: bool = False
+    ties: bool = False
+    nearties: bool = False
     seed: int = 0
 
 
@@ -255,7 +259,7 @@ class Case:
             out.append(f"capacity{f.capacity:g}")
         if f.maxrows:
             out.append(f"maxrows{f.maxrows}")
-        out += ["mean"] * f.mean + ["hot"] * f.hot
+        out += ["mean"] * f.mean + ["hot"] * f.hot + ["ties"] * f.ties + ["nearties"] * f.nearties
         if f.seed:
             out.append(f"seed{f.seed}")
         return "+".join(out)
@@ -423,6 +427,16 @@ def _validate(case: Case) -> None:
         raise CaseError(
             "flag 'ids' gives ids and weights as they are; sigmoid, renorm, bias, groups and scale need a router"
         )
+    if f.ties or f.nearties:
+        flag = "ties" if f.ties else "nearties"
+        if f.ties and f.nearties:
+            raise CaseError("flags 'ties' and 'nearties' exclude each other: a choice is tied, or nearly")
+        if f.ids or f.hot:
+            raise CaseError(f"flag {flag!r} plants choices of a router; 'ids' has none, and 'hot' makes all alike")
+        if case.top_k == case.experts:
+            raise CaseError(f"flag {flag!r} needs experts that are not chosen; top-k is {case.top_k} of {case.experts}")
+        if f.gate and case.hidden < 8:
+            raise CaseError(f"flag {flag!r} with 'gate' needs a hidden size of 8 or more, not {case.hidden}")
     if f.sharedgate and not f.shared:
         raise CaseError("flag 'sharedgate' needs 'shared'")
     groups, kept = f.groups

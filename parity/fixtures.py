@@ -13,17 +13,18 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
+from parity import tied_tokens
 from parity.arrays import DTYPE, STORED_AS, ArrayRef, bits_of_float32, float32_of_bits
 from parity.case import Case
 from parity.oracle.activation import activate, split
 from parity.oracle.router import Routing, route
+from parity.tied_tokens import MARGIN
 
-MARGIN = 1e-3
-"""Relative gap between the last chosen expert and the next one: 10,000 times float32's rounding."""
 SMALLEST_SHARE = 0.1
 """Preferred least weight of a chosen expert, over the norm of the token's weights."""
 OUTPUT_GAIN = 2.0
@@ -101,6 +102,8 @@ def _small_arrays(case: Case) -> dict[str, tuple[str, np.ndarray]]:
     if flags.bias:
         spread = 0.05 if flags.sigmoid else 0.3 / case.experts
         bias = (_rng(case, "bias").standard_normal(case.experts) * spread).astype(np.float32)
+        if flags.ties:
+            bias = tied_tokens.tied_bias(bias, _classes(case), spread, grouped=flags.groups[0] > 1)
         out["router.bias"] = ("float32", bias)
 
     x, gate, logits, routing = _tokens(case, rounded, bias)
@@ -137,7 +140,8 @@ def _tokens(
     experts not hit before.
     """
     wanted, rng = case.total_tokens, _rng(case, "tokens")
-    pool = 2 * wanted + 64
+    planted = case.flags.ties or case.flags.nearties
+    pool = (4 if planted else 2) * wanted + 64
     x = rng.standard_normal((pool, case.hidden), np.float32)
     # a weight on the input enters an expert twice or more (gate times up), so the chosen weights must be closer
     logit_rms = 0.3 if case.flags.weightin else 1.0
@@ -153,12 +157,20 @@ def _tokens(
         gate -= (gate @ along)[:, None] * along  # the common direction favours those K alone
         gate[: case.top_k] += 8 * case.hidden**-0.5 * along
     x, gate = rounded(x), rounded(gate)
-    if case.flags.gate:
-        logits = (x.astype(np.float64) @ gate.astype(np.float64).T).astype(np.float32)
+    of = np.zeros(pool, int)
+    if case.flags.ties:
+        x, gate, logits, of = tied_tokens.tie(x, gate, logits, _classes(case), computed=case.flags.gate)
+    elif case.flags.nearties:
+        x, gate, logits, of = tied_tokens.near(case, _rng(case, "near"), x, gate, logits, bias, rounded)
+    elif case.flags.gate:
+        logits = tied_tokens.products(x, gate).astype(np.float32)
     routing = route(logits, bias, top_k=case.top_k, flags=case.flags)
-
-    last = np.take_along_axis(routing.selection, routing.ids[:, -1:], axis=1)[:, 0]
-    safe = routing.gap > MARGIN * np.abs(last)
+    if planted:
+        choices = tied_tokens.choices(case, x, gate, logits, bias)
+        safe = tied_tokens.settled(choices, of, exact=case.flags.ties)
+    else:
+        last = np.take_along_axis(routing.selection, routing.ids[:, -1:], axis=1)[:, 0]
+        safe = routing.gap > MARGIN * np.abs(last)
     share = routing.weights.min(axis=1) / np.linalg.norm(routing.weights, axis=1)
     order = np.lexsort((np.arange(pool), -np.minimum(share, SMALLEST_SHARE), ~safe))
     hit, first, rest = np.zeros(case.experts, bool), [], []
@@ -166,10 +178,16 @@ def _tokens(
         fresh = not hit.all() and safe[token] and not hit[routing.ids[token]].all()
         (first if fresh else rest).append(token)
         hit[routing.ids[token]] |= fresh
-    picked = np.array((first + rest)[:wanted])
+    order = np.array(first + rest)
+    picked = order[tied_tokens.in_turn(of[order], ~safe[order])][:wanted] if planted else order[:wanted]
     rng.shuffle(picked)
-    chosen = Routing(*(getattr(routing, name)[picked] for name in ("scores", "selection", "ids", "weights", "gap")))
+    chosen = Routing(**{field.name: getattr(routing, field.name)[picked] for field in fields(Routing)})
     return x[picked], gate, logits[picked], chosen
+
+
+def _classes(case: Case) -> np.ndarray:
+    """(E,) which experts tie."""
+    return tied_tokens.classes(case, _rng(case, "ties"))
 
 
 def _activation_rms(case: Case, sigma: float) -> float:

@@ -84,6 +84,13 @@ def _smoke() -> list[Case]:
         "dp2.tp2.ep.nosp/allgather/bf16/t6.d64.f48/e8.k3/shared+expertbias",
         "dp1.tp2/local/bf16/t24.d64.f48/e8.k3/mean+seed3",
         "dp2.tp1.ep/allgather/bf16/t24.d64.f48/e8.k2/hot+gate+latent24",
+        # Ties and near ties, of experts and groups, in both scorings.
+        "dp2.tp2.ep/allgather/bf16/t13.d64.f48/e8.k3/gate+ties",
+        "dp2.tp1.ep/ragged/bf16/t7-5.d64.f48/e16.k3/sigmoid+groups4-2+bias+ties",
+        "dp1.tp2/local/f32/t19.d64.f48/e8.k2/gate+sigmoid+bias+ties",
+        "dp2.tp2.ep/padded/bf16/t13-6.d64.f48/e8.k3/gate+nearties",
+        "dp2.tp1.ep/allgather/bf16/t7-9.d64.f48/e16.k3/sigmoid+groups4-2+bias+nearties",
+        "dp1.tp2/local/f32/t19.d64.f48/e8.k2/sigmoid+nearties",
     ]
     return [Case.parse(text) for text in ids]
 

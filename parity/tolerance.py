@@ -66,6 +66,27 @@ def spread(count: float) -> float:
     return math.sqrt(1 + 2 * math.sqrt(t / count) + 2 * t / count)
 
 
+def exact_products(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(T,) rows whose products with all weights are exact in float32, whatever the order of the sum.
+
+    Every term is a whole multiple of one unit, and no sum of terms can need more than 24 bits of it.
+
+    Args:
+      rows: (T, depth).
+      weights: (M, depth).
+    """
+    unit = _unit(rows).min(axis=1, initial=np.inf) * _unit(weights).min(initial=np.inf)
+    largest = (np.abs(rows) @ np.abs(weights).T).max(axis=1, initial=0.0)
+    return largest <= unit / UNIT_ROUNDOFF["f32"]
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """The largest power of two that divides each value; infinite for zero."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    whole = (mantissa * 2.0**53).astype(np.int64)
+    return np.where(whole == 0, np.inf, np.ldexp((whole & -whole).astype(np.float64), exponent - 53))
+
+
 @dataclass(frozen=True)
 class ErrorModel:
     """What each operation of the layer adds, for one format."""

@@ -16,6 +16,7 @@ EP_SP = "dp2.tp2.ep/allgather/bf16/t13.d64.f48/e8.k2/shared+gate+renorm"
 TP = "dp1.tp2/local/bf16/t13.d64.f48/e8.k2/shared+gate"
 UNEVEN = "dp2.tp1.ep/allgather/bf16/t7-3.d64.f48/e8.k2/shared"
 BIASED = "dp1.tp2/local/bf16/t32.d64.f48/e32.k4/gate+groups8-2+bias"
+TIED = "dp2.tp2.ep/allgather/bf16/t13.d64.f48/e8.k3/gate+ties"
 DEEP = "dp1.tp1/local/bf16/t13.d64.f512/e4.k2"
 
 
@@ -52,6 +53,7 @@ CATALOG = (
     Mutation("router_in_bf16", "router logits are rounded to bfloat16", EP_SP, ("router",)),
     Mutation("bias_weighs", "the score-correction bias enters the weights", BIASED, ("router", "oracle")),
     Mutation("group_by_best", "with a bias a group counts by its best expert, not its best two", BIASED, ("exact",)),
+    Mutation("tie_rule_swapped", "among equals the higher expert or group wins", TIED, ("exact",)),
 )
 
 

@@ -210,6 +210,16 @@ def group_by_best():
     return [(router, "keep_groups", keep_groups)]
 
 
+def tie_rule_swapped():
+    original = router.route
+
+    def route(logits, bias, **options):
+        ids, weights = original(logits[:, ::-1], None if bias is None else bias[::-1], **options)
+        return logits.shape[1] - 1 - ids, weights
+
+    return [(router, "route", route)]
+
+
 BUGS = {
     bug.__name__: bug
     for bug in (
@@ -232,5 +242,6 @@ BUGS = {
         router_in_bf16,
         bias_weighs,
         group_by_best,
+        tie_rule_swapped,
     )
 }

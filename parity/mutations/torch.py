@@ -182,6 +182,16 @@ def group_by_best():
     return [(router, "_mask_groups", mask_groups)]
 
 
+def tie_rule_swapped():
+    original = router.route
+
+    def route(logits, bias, **options):
+        ids, weights = original(logits.flip(1), None if bias is None else bias.flip(0), **options)
+        return logits.shape[1] - 1 - ids, weights
+
+    return [(router, "route", route)]
+
+
 BUGS = {
     bug.__name__: bug
     for bug in (
@@ -204,5 +214,6 @@ BUGS = {
         router_in_bf16,
         bias_weighs,
         group_by_best,
+        tie_rule_swapped,
     )
 }

@@ -21,6 +21,7 @@ from parity.oracle.hands import Hands
 from parity.oracle.network import Weights, activation, down, gate_up, shared_expert
 from parity.oracle.router import Routing, route, weigh
 from parity.oracle.value import Value, load, product
+from parity.tolerance import exact_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Reference:
     """(T, E), None when ids were given."""
     logit_variance: np.ndarray
     """(T, 1) of the logits, absolute."""
+    choice_variance: np.ndarray
+    """(T, 1) of the logits that the choice was made from: the same, or 0 where they are a lesson."""
     routing: Routing | None
     ids: np.ndarray
     """(T, K) chosen experts, best first."""
@@ -74,7 +77,7 @@ def reference(
     """
     hands = Hands(case, keeps=False) if hands is None else hands
     model, x = hands.model, load(values(arrays["x"]))
-    logits, logit_variance, routing, own, own_weights = _choose(case, arrays, x, ids, hands)
+    logits, (logit_variance, choice_variance), routing, own, own_weights = _choose(case, arrays, x, ids, hands)
     chosen, weights = hands.choice(own, own_weights)
     reached = kept(case, chosen)
 
@@ -103,6 +106,7 @@ def reference(
         tp_variance=np.zeros_like(y.exact) if y.tp is None else y.tp,
         logits=logits,
         logit_variance=logit_variance,
+        choice_variance=choice_variance,
         routing=routing,
         ids=own,
         weights=own_weights.exact,
@@ -116,15 +120,18 @@ def reference(
 
 def _choose(
     case: Case, arrays: Mapping[str, ArrayRef], x: Value, ids: np.ndarray | None, hands: Hands
-) -> tuple[np.ndarray | None, np.ndarray, Routing | None, np.ndarray, Value]:
-    """Logits and their variance, the routing, ids (T, K) and weights (T, K) with their relative variance."""
+) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray], Routing | None, np.ndarray, Value]:
+    """Logits, their variance and that of the logits handed on, the routing, ids (T, K), weights (T, K) and theirs."""
     model, none = hands.model, np.zeros((len(x.exact), 1))
     if case.flags.ids:
         weights = values(arrays["topk_weights"]).astype(np.float64)
         own = np.asarray(arrays["topk_ids"].open(), np.int64)
-        return None, none, None, own if ids is None else ids, Value(weights, np.full(weights.shape, model.f32))
+        return None, (none, none), None, own if ids is None else ids, Value(weights, np.full(weights.shape, model.f32))
     if case.flags.gate:
-        logits = product(x, values(arrays["router.gate"]), model)
+        gate = values(arrays["router.gate"])
+        logits = product(x, gate, model)
+        inexact = ~exact_products(x.exact, gate)[:, None]
+        logits = Value(logits.exact, logits.before * inexact)
     else:
         logits = load(values(arrays["router_logits"]))
     handed = hands.on("logits", logits)
@@ -133,9 +140,9 @@ def _choose(
     own = routing.ids if ids is None else ids
     weights = routing.weights if ids is None else weigh(routing.scores, ids, case.flags)
     below = handed.exact.max(axis=1, keepdims=True, initial=-np.inf) - np.take_along_axis(handed.exact, own, axis=1)
-    relative = model.weights(handed.before.max(axis=1, keepdims=True, initial=0.0), below)
-    logit_variance = logits.before.max(axis=1, keepdims=True, initial=0.0)
-    return logits.exact, logit_variance, routing, own, Value(weights, relative)
+    variances = tuple(value.before.max(axis=1, keepdims=True, initial=0.0) for value in (logits, handed))
+    relative = model.weights(variances[1], below)
+    return logits.exact, variances, routing, own, Value(weights, relative)
 
 
 def _experts(

@@ -14,10 +14,14 @@ from parity.oracle.activation import sigmoid
 class Routing:
     """What the router decided, and by how much."""
 
+    logits: np.ndarray
+    """(T, E) float64, what it was made from."""
     scores: np.ndarray
     """(T, E) what weights are taken from."""
     selection: np.ndarray
     """(T, E) what experts are chosen by: scores plus bias, -inf in groups that were not kept."""
+    unmasked: np.ndarray
+    """(T, E) the same in all groups."""
     ids: np.ndarray
     """(T, K) best first."""
     weights: np.ndarray
@@ -25,6 +29,14 @@ class Routing:
     gap: np.ndarray
     """(T,) how far the choice is from another one: the smaller of the gap between the last chosen expert and the
     first not chosen, and the same for groups. Infinite where there is no other choice."""
+
+
+def score(logits: np.ndarray, flags: Flags) -> np.ndarray:
+    """(T, E) scores: the sigmoid of each logit (T, E), or the softmax over all of a token's."""
+    if flags.sigmoid:
+        return sigmoid(logits)
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return scores / scores.sum(axis=1, keepdims=True)
 
 
 def weigh(scores: np.ndarray, ids: np.ndarray, flags: Flags) -> np.ndarray:
@@ -44,12 +56,9 @@ def route(logits: np.ndarray, bias: np.ndarray | None, *, top_k: int, flags: Fla
     """
     logits = logits.astype(np.float64)
     tokens, experts = logits.shape
-    if flags.sigmoid:
-        scores = sigmoid(logits)
-    else:
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-        scores = scores / scores.sum(axis=1, keepdims=True)
+    scores = score(logits, flags)
     selection = scores + (0 if bias is None else bias.astype(np.float64))
+    unmasked = selection.copy()
     ids = np.zeros((tokens, top_k), np.int64)
     gap = np.full(tokens, np.inf)
     groups, kept = flags.groups
@@ -68,4 +77,4 @@ def route(logits: np.ndarray, bias: np.ndarray | None, *, top_k: int, flags: Fla
         ids[t] = order[:top_k]
         if top_k < experts and np.isfinite(choice[order[top_k]]):
             gap[t] = min(gap[t], choice[order[top_k - 1]] - choice[order[top_k]])
-    return Routing(scores, selection, ids, weigh(scores, ids, flags), gap)
+    return Routing(logits, scores, selection, unmasked, ids, weigh(scores, ids, flags), gap)

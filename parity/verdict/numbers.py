@@ -12,10 +12,11 @@ import numpy as np
 from parity.case import Case
 from parity.oracle import Reference
 from parity.results import RankResult
+from parity.ties import most
 from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, bound, element_bound
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import assemble, expert_ranks, holdings, home, listed, place
-from parity.verdict.structure import exempt, selection_bound, shown
+from parity.verdict.structure import choices, exempt, shown
 
 ERROR_RATIO = 2.0
 """Frameworks whose errors differ by more than this factor are reported: one of them rounds more often."""
@@ -28,7 +29,9 @@ INFINITE = 1e9
 def nontrivial(case: Case, reference: Reference) -> Gate:
     rms = float(np.sqrt(np.mean(reference.y**2)))
     hit = np.bincount(reference.ids.ravel(), minlength=case.experts) > 0
-    plenty = case.total_tokens * case.top_k >= 4 * case.experts and not case.flags.hot
+    plenty = case.total_tokens * case.top_k >= 4 * case.experts
+    # of experts that always tie, the last may never get a token
+    plenty &= not (case.flags.hot or case.flags.ties)
     if not 1e-3 < rms < 1e3:
         return Gate("sane", "oracle", False, f"the reference is trivial: output RMS {rms:.3g}, allowed 1e-3 to 1e3")
     if plenty and not hit.all():
@@ -195,10 +198,8 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
     token = int(np.argmax(_over(np.linalg.norm(side.error, axis=1), np.sqrt(side.variance.sum(axis=1)))))
     column = int(np.argmax(np.abs(side.error[token])))
     per_token = _over(np.linalg.norm(side.error, axis=1), bound(side.variance.sum(axis=1), freedom(case), model))
-    exempt = int(side.exempt.sum())
-    near = 0
-    if side.reference.routing is not None:
-        near = int((side.reference.routing.gap <= 2 * selection_bound(case, side.reference)).sum())
+    found = choices(case, side.reference)
+    chance = np.zeros(1) if found is None else found.chance()
     return {
         "max_abs": float(np.abs(side.error).max()),
         "relative_frobenius": float(np.linalg.norm(side.error) / np.linalg.norm(y)),
@@ -206,8 +207,10 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
         "signed_bias": float(np.mean(np.sign(y) * side.error) / (model.unit * np.sqrt(np.mean(y**2)))),
         "observed_over_model": float(np.sqrt((side.error**2).sum() / side.variance.sum()) / model.unit),
         "ulps": histogram,
-        "exemptions": exempt,
-        "exemptions_possible": near,
+        "exemptions": int(side.exempt.sum()),
+        "exemptions_expected": float(chance.sum()),
+        "exemptions_allowed": most(chance),
+        "exemptions_possible": 0 if found is None else int(found.open().sum()),
         "worst": {"token": token, "column": column, "place": place(case, token), "experts": side.ids[token].tolist(),
                   "ranks": expert_ranks(case, side.ids[token]), "value": float(side.y[token, column]),
                   "expected": float(y[token, column])},

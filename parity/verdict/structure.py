@@ -11,7 +11,8 @@ from parity.delivery import Delivery, deliver
 from parity.fixtures import DTYPE
 from parity.oracle import Reference
 from parity.results import Decisions, RankResult, Rows
-from parity.tolerance import SIGMAS, SLACK, ErrorModel
+from parity.ties import Choices, most
+from parity.tolerance import ErrorModel
 from parity.verdict.gate import Gate
 from parity.verdict.layout import assemble, holdings, listed, place
 
@@ -107,15 +108,31 @@ def _exact_faults(case: Case, reference: Reference, ranks: Sequence[RankResult])
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= case.experts:
         yield f"top-k ids reach from {ids.min()} to {ids.max()}, allowed 0 to {case.experts - 1}"
         return
-    for token in np.flatnonzero((np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)).tolist():
+    yield from _choice_faults(case, reference, ids)
+    if (rows := shown_rows(ranks)) is not None:
+        yield from _delivery_faults(case, ids, rows)
+
+
+def _choice_faults(case: Case, reference: Reference, ids: np.ndarray) -> Iterator[str]:
+    """Experts other than the oracle's, where they are not within rounding; or more such tokens than rounding makes."""
+    differ = np.flatnonzero((np.sort(ids, axis=1) != np.sort(reference.ids, axis=1)).any(axis=1)).tolist()
+    if not differ:
+        return
+    for token in differ:
         if not exempt(case, reference, ids[token], token):
             yield (
                 f"token {token} ({place(case, token)}) goes to experts {listed(ids[token])}, the oracle's are "
                 f"{listed(reference.ids[token])} (gap {reference.routing.gap[token] if reference.routing else 0:.2g})"
             )
-            break
-    if (rows := shown_rows(ranks)) is not None:
-        yield from _delivery_faults(case, ids, rows)
+            return
+    found = choices(case, reference)
+    assert found is not None
+    chance = found.chance()
+    if len(differ) > (allowed := most(chance)):
+        yield (
+            f"{len(differ)} tokens go to other experts than the oracle's, each within rounding (the first is token "
+            f"{differ[0]}); expected are {chance.sum():.2g} such tokens at most, and {allowed} for any correct router"
+        )
 
 
 def _delivery_faults(case: Case, ids: np.ndarray, ranks: Sequence[Rows]) -> Iterator[str]:
@@ -157,22 +174,16 @@ def _row_faults(got: Rows, rank: int, ids: np.ndarray, delivery: Delivery, first
 
 
 def exempt(case: Case, reference: Reference, ids: np.ndarray, token: int) -> bool:
-    """Whether the oracle's choice for a token is within rounding of the framework's."""
+    """Whether a correct router may choose the experts `ids` for a token."""
+    found = choices(case, reference)
+    return found is not None and found.allowed(token, ids)
+
+
+def choices(case: Case, reference: Reference) -> Choices | None:
+    """What the case's tokens are routed by; None where experts are given."""
     if reference.routing is None:
-        return False
-    limit = selection_bound(case, reference)[token]
-    selection, own = reference.routing.selection[token], set(reference.ids[token])
-    last = selection[reference.ids[token][-1]]
-    swapped = own.symmetric_difference(int(i) for i in ids)
-    return len(set(map(int, ids))) == case.top_k and all(abs(selection[e] - last) <= 2 * limit for e in swapped)
-
-
-def selection_bound(case: Case, reference: Reference) -> np.ndarray:
-    """(T,) bound on the error of a selection score: of a score times its relative error."""
-    model = ErrorModel(case.format)
-    assert reference.routing is not None
-    largest = np.abs(reference.routing.scores).max(axis=1)
-    return SLACK * SIGMAS * model.unit * largest * np.sqrt(reference.weight_variance.max(axis=1))
+        return None
+    return Choices.of(reference.routing, reference.choice_variance, case.flags, ErrorModel(case.format))
 
 
 def _first(faults) -> str:

@@ -16,6 +16,8 @@ from parity.case import ACTIVATIONS, FORMATS, Case, CaseError, Flags
         "dp2.tp4.ep.nosp/allgather/f32/t5.d64.f32/e56.k3/sigmoid+renorm+groups8-4+bias+scale2.5",
         "dp1.tp4.ep.sp/allgather/f32/t5.d64.f32/e8.k8/ids+weightin+swigluoai+interleaved+alpha1.5+limit3",
         "dp2.tp2.ep.native/allgather/bf16/t5-0.d64.f32/e8.k2/gelu+ungated+expertbias+mean+hot+seed7",
+        "dp1.tp1/local/bf16/t5.d64.f32/e8.k2/mean+ties+seed7",
+        "dp1.tp1/local/bf16/t5.d64.f32/e8.k2/gate+sigmoid+groups4-2+bias+nearties",
     ],
 )
 def test_a_canonical_id_prints_as_it_was_typed(text):
@@ -88,6 +90,11 @@ def test_an_explicit_word_for_what_is_derived_is_the_same_case():
         ("dp1.tp1/local/bf16/t1.d8.f8/e8.k4/gate+gate", ["second time"]),
         ("dp1.tp1/local/bf16/t1.d8.f8/e8.k4/relu2+interleaved", ["interleaved"]),
         ("dp1.tp1/local/bf16/t1.d8/e8.k4", ["'t1.d8'", "tT.dD.fF"]),
+        ("dp1.tp1/local/bf16/t1.d8.f8/e8.k4/ties+nearties", ["exclude each other"]),
+        ("dp1.tp1/local/bf16/t1.d8.f8/e8.k4/ties+ids", ["'ties'", "'ids' has none"]),
+        ("dp1.tp1/local/bf16/t1.d8.f8/e8.k4/nearties+hot", ["'nearties'", "'hot' makes all alike"]),
+        ("dp1.tp1/local/bf16/t1.d8.f8/e4.k4/ties", ["experts that are not chosen", "4 of 4"]),
+        ("dp1.tp1/local/bf16/t1.d4.f8/e4.k2/ties+gate", ["hidden size of 8 or more, not 4"]),
         ("dp1.tp1/local/bf16/t1.d0.f8/e8.k4", ["hidden is 0", "at least 1"]),
     ],
 )
