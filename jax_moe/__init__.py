@@ -27,4 +27,6 @@ from jax_moe.sharding import make_mesh as make_mesh
 from jax_moe.sharding import param_specs as param_specs
 from jax_moe.sharding import shard as shard
 from jax_moe.sharding import unshard as unshard
+from jax_moe.stages import Lessons as Lessons
+from jax_moe.stages import Stages as Stages
 from jax_moe.trace import Trace as Trace

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_moe import kernels
+from jax_moe import kernels, stages
 from jax_moe.config import MoEConfig, ParallelConfig
 
 
@@ -73,6 +73,25 @@ def counts(counts: Any, shards: int, rows: int) -> None:
     values = np.asarray(counts)
     if ((values < 0) | (values > rows)).any():
         raise ValueError(f"counts = {values.tolist()}: expected each in [0, {rows}], the rows of a shard of x")
+
+
+def lessons(lessons: stages.Lessons | None, config: MoEConfig, *, trace: bool) -> None:
+    """Checks the shapes of lessons: of one number of tokens, and as wide as the layer's stages."""
+    if lessons is None:
+        return
+    if not trace:
+        raise ValueError("lessons are given without trace: expected trace=True, which returns what stages made of them")
+    rows, first = None, ""
+    for name, width in stages.widths(config).items():
+        array = getattr(lessons, name)
+        if array is None:
+            continue
+        each = config.top_k if name in stages.BY_ROW else 1
+        if rows is None:
+            rows, first = array.shape[0] // each, name
+        if tuple(array.shape) != (rows * each, width):
+            expected = f"({rows * each}, {width}), as lessons.{first} is of {rows} tokens"
+            raise ValueError(f"lessons.{name} has shape {tuple(array.shape)}: expected {expected}")
 
 
 def axes(parallel: ParallelConfig) -> None:

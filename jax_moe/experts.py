@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jax_moe import activation as activations
-from jax_moe import kernels
+from jax_moe import kernels, stages
 from jax_moe._typing import Array, Float, Float32, Int32
 from jax_moe.activation import Activation
 from jax_moe.params import ExpertParams
@@ -26,6 +26,7 @@ def gate_up(
     group_sizes_e: Int32[Array, " e"],
     *,
     activation: Activation,
+    tap: stages.Tap = stages.OFF,
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
     """First projection and activation.
@@ -35,6 +36,7 @@ def gate_up(
       params: this rank's experts.
       group_sizes_e: (e,) rows of each.
       activation: see `Activation`.
+      tap: shown the first projection's float32 result, unless a kernel fuses it with the activation.
       implementation: of the kernels.
 
     Returns:
@@ -51,7 +53,7 @@ def gate_up(
             out_dtype=jnp.float32,
             implementation="reference",
         )
-        return activate(gate_up_RM, activation).astype(rows_RW.dtype)
+        return activate(tap("gate_up", gate_up_RM), activation).astype(rows_RW.dtype)
     return kernels.gate_up(
         rows_RW,
         params.gate_up,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_moe import activation as activations
-from jax_moe import checks, experts, router, sharding, tokens, transport
+from jax_moe import checks, experts, router, sharding, stages, tokens, transport
 from jax_moe import trace as traces
 from jax_moe._compat import all_gather_replicated, settle
 from jax_moe._typing import Array, Float, Float32, Int
@@ -29,7 +29,7 @@ from jax_moe.config import MoEConfig, ParallelConfig
 from jax_moe.kernels import for_platform
 from jax_moe.linear import linear
 from jax_moe.params import MoEParams, SharedParams
-from jax_moe.trace import Trace
+from jax_moe.stages import Lessons
 
 _TRANSPORTS = {
     "local": transport.local,
@@ -52,6 +52,7 @@ def moe(
     counts: Int[Array, " shards"] | None = None,
     implementation: str | None = None,
     trace: bool = False,
+    lessons: Lessons | None = None,
 ) -> Any:
     """Mixture-of-experts layer over a mesh, with global arrays. Compiled once for each configuration and shape.
 
@@ -67,7 +68,8 @@ def moe(
         may hold NaN, and come back as zeros. None: all are real. Checked against t when their values are at hand;
         inside `jit` they are clipped to [0, t].
       implementation: of the kernels; None picks.
-      trace: also return what was decided. Costs nothing when off.
+      trace: also return what was decided and what each stage gave. Costs nothing when off.
+      lessons: what stages hand on in place of their own results, with `trace` alone; see `Lessons`.
 
     Returns:
       y (T, D) in config.dtype, laid out as x; with trace, (y, Trace).
@@ -92,17 +94,19 @@ def moe(
     checks.counts(counts, shards, x_TD.shape[0] // shards)
     implementation = for_platform(implementation, mesh.devices.flat[0].platform)
     checks.implementation(implementation)
+    checks.lessons(lessons, config, trace=trace)
 
     counts = counts if counts is None else jnp.asarray(counts)
-    return _compiled(params, x_TD, given, counts, config, parallel, mesh, implementation, trace)
+    return _compiled(params, x_TD, given, counts, lessons, config, parallel, mesh, implementation, trace)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _compiled(
     params: MoEParams,
     x_TD: Array,
     given: dict[str, Array],
     counts: Array | None,
+    lessons: Lessons | None,
     config: MoEConfig,
     parallel: ParallelConfig,
     mesh: Mesh,
@@ -111,15 +115,23 @@ def _compiled(
 ) -> Any:
     """The layer over the mesh; arguments are checked. Under an outer jit this is traced once for all equal layers."""
     rows = PartitionSpec(parallel.token_axes)
-    in_specs = (sharding.param_specs(config, parallel), rows, dict.fromkeys(given, rows), PartitionSpec())
+    in_specs = (
+        sharding.param_specs(config, parallel),
+        rows,
+        dict.fromkeys(given, rows),
+        PartitionSpec(),
+        PartitionSpec(),
+    )
     out_specs = (rows, PartitionSpec(parallel.mesh_axes)) if trace else rows
 
-    def local(params: MoEParams, x_tD: Array, given: dict[str, Array], counts: Array | None) -> Any:
-        return _forward(params, x_tD, given, counts, config, parallel, implementation, trace)
+    def local(
+        params: MoEParams, x_tD: Array, given: dict[str, Array], counts: Array | None, lessons: Lessons | None
+    ) -> Any:
+        return _forward(params, x_tD, given, counts, lessons, config, parallel, implementation, trace)
 
     # Types of varying axes are left off: kernels need not state them, and gradients come out the same.
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return mapped(params, x_TD, given, counts)
+    return mapped(params, x_TD, given, counts, lessons)
 
 
 def moe_local(
@@ -134,6 +146,7 @@ def moe_local(
     counts: Int[Array, " shards"] | None = None,
     implementation: str | None = None,
     trace: bool = False,
+    lessons: Lessons | None = None,
 ) -> Any:
     """The same layer inside the caller's own `shard_map`, over the axes of `parallel.mesh_axes` at least.
 
@@ -143,7 +156,7 @@ def moe_local(
       config, parallel: static.
       router_logits, topk_ids, topk_weights: this rank's rows, as in `moe`.
       counts: of all shards, the same on every rank, as in `moe`; clipped to [0, t].
-      implementation, trace: as in `moe`; the trace is this rank's.
+      implementation, trace, lessons: as in `moe`; the trace is this rank's, lessons are whole, and equal on all ranks.
 
     Returns:
       y (t, D), laid out as x; with trace, (y, Trace).
@@ -157,8 +170,9 @@ def moe_local(
     given = checks.routing(config, x_tD, router_logits, topk_ids, topk_weights, shards=1)
     checks.counts(counts, tokens.num_counts(parallel), x_tD.shape[0])
     checks.implementation(implementation)
+    checks.lessons(lessons, config, trace=trace)
     counts = counts if counts is None else jnp.asarray(counts)
-    return _forward(params, x_tD, given, counts, config, parallel, implementation, trace)
+    return _forward(params, x_tD, given, counts, lessons, config, parallel, implementation, trace)
 
 
 def scatter_sequence(x_tD: Float[Array, "t D"], tp: int) -> Float[Array, "c D"]:
@@ -210,6 +224,7 @@ def _forward(
     x_tD: Array,
     given: dict[str, Array],
     counts: Array | None,
+    lessons: Lessons | None,
     config: MoEConfig,
     parallel: ParallelConfig,
     implementation: str | None,
@@ -228,25 +243,20 @@ def _forward(
     real_c = None
     if tokens.has_padding(rows, counts, parallel):
         counts_n = tokens.real_counts(rows, counts, parallel)
-        real_c = jnp.arange(x_tD.shape[0], dtype=jnp.int32) < counts_n[_routing_rank(parallel)]
+        real_c = jnp.arange(x_tD.shape[0], dtype=jnp.int32) < counts_n[tokens.routing_rank(parallel)]
     x_cD = _zero_padding(x_tD, real_c)
 
-    logits_cE, ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, implementation)
-    routed, handle = _routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation)
-    branches = [routed]
+    tap = stages.OFF
+    if trace:
+        tap = traces.Recorder(rows, x_tD.shape[0], counts, config, parallel, lessons)
+    ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, implementation, tap)
+    branches = [_routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation, tap)]
     if params.shared is not None:
-        shared_cD = shared_expert(params.shared, x_cD, activation)
+        shared_cD = tap("shared", shared_expert(params.shared, x_cD, activation))
         branches.append(_Branch(shared_cD, ("tp",) if parallel.shared_tp > 1 else ()))
     y_cD = _zero_padding(_sum_branches(branches), real_c).astype(x_cD.dtype)
     y_tD = settle(gather_sequence(y_cD, rows) if cut else y_cD, () if parallel.native else ("tp",))
-    if not trace:
-        return y_tD
-    return y_tD, _make_trace(rows, counts, config, parallel, logits_cE, ids_cK, weights_cK, handle)
-
-
-def _routing_rank(parallel: ParallelConfig) -> Array | int:
-    """Which of the ranks that route different tokens this is."""
-    return jax.lax.axis_index(parallel.mesh_axes if parallel.sp else parallel.dp_axes)
+    return (y_tD, tap.trace(token_axes(parallel))) if isinstance(tap, traces.Recorder) else y_tD
 
 
 def _zero_padding(x: Array, real_c: Array | None) -> Array:
@@ -261,9 +271,9 @@ def _route(
     real_c: Array | None,
     config: MoEConfig,
     implementation: str | None,
-) -> tuple[Array | None, Array, Array]:
-    """Logits (None when ids were given), ids and weights. Padding goes nowhere: id E, weight zero."""
-    logits_cE = None
+    tap: stages.Tap,
+) -> tuple[Array, Array]:
+    """Ids and weights. Padding goes nowhere: id E, weight zero."""
     if config.router.source == "ids":
         ids_cK, weights_cK = given["topk_ids"].astype(jnp.int32), given["topk_weights"].astype(jnp.float32)
         ids_cK = jnp.where((ids_cK >= 0) & (ids_cK < config.num_experts), ids_cK, config.num_experts)
@@ -274,11 +284,15 @@ def _route(
         else:
             logits_cE = _zero_padding(given["router_logits"].astype(jnp.float32), real_c)
         ids_cK, weights_cK = router.route(
-            logits_cE, params.router.bias, router=config.router, top_k=config.top_k, implementation=implementation
+            tap("logits", logits_cE),
+            params.router.bias,
+            router=config.router,
+            top_k=config.top_k,
+            implementation=implementation,
         )
     if real_c is not None:
         ids_cK = jnp.where(real_c[:, None], ids_cK, config.num_experts)
-    return logits_cE, ids_cK, _zero_padding(weights_cK, real_c)
+    return tap("topk_ids", ids_cK), tap("topk_weights", _zero_padding(weights_cK, real_c))
 
 
 def _routed_experts(
@@ -290,14 +304,17 @@ def _routed_experts(
     parallel: ParallelConfig,
     activation: Activation,
     implementation: str | None,
-) -> tuple[_Branch, transport.Handle | transport.HopsHandle]:
+    tap: stages.Tap,
+) -> _Branch:
     """Dispatch, experts, combine; around them the latent's projections, which every rank has whole."""
     mover = _TRANSPORTS[str(parallel.transport)]
     num_local_experts = config.num_experts // parallel.ep
     first_expert: Array | int = 0
     if parallel.expert_parallel:
         first_expert = (jax.lax.axis_index(parallel.mesh_axes) * num_local_experts).astype(jnp.int32)
-    x_cW = x_cD if params.latent is None else linear(x_cD, params.latent.down).astype(x_cD.dtype)
+    x_cW = x_cD
+    if params.latent is not None:
+        x_cW = tap("latent_in", linear(x_cD, params.latent.down).astype(x_cD.dtype))
 
     rows_RW, handle = mover.dispatch(
         x_cW,
@@ -309,17 +326,27 @@ def _routed_experts(
         weight_on_input=config.router.weight_on_input,
         implementation=implementation,
     )
+    tap.arrived(handle)
     sizes_e = handle.plan.group_sizes_e
-    h_RF = experts.gate_up(rows_RW, params.experts, sizes_e, activation=activation, implementation=implementation)
+    h_RF = experts.gate_up(
+        tap("dispatch", rows_RW),
+        params.experts,
+        sizes_e,
+        activation=activation,
+        tap=tap,
+        implementation=implementation,
+    )
     adds_bias = jax.lax.axis_index("tp") == 0 if parallel.expert_tp > 1 else True
-    y_RW = experts.down(h_RF, params.experts, sizes_e, adds_bias=adds_bias, implementation=implementation)
-    branch = _Branch(mover.combine(y_RW, handle), routed_partial_over(parallel))
-
-    if params.latent is not None:
-        # Out of the latent only when the sum over ranks is complete: it is rounded there, and rounding is not linear.
-        latent_cL = reduce_partial(branch.value_cD, branch.partial_over).astype(x_cD.dtype)
-        branch = _Branch(linear(latent_cL, params.latent.up), ())
-    return branch, handle
+    y_RW = experts.down(
+        tap("activation", h_RF), params.experts, sizes_e, adds_bias=adds_bias, implementation=implementation
+    )
+    y_cW = tap("combine", mover.combine(tap("down", y_RW), handle))
+    routed = _Branch(y_cW, routed_partial_over(parallel))
+    if params.latent is None:
+        return routed
+    # Out of the latent only when the sum over ranks is complete: it is rounded there, and rounding is not linear.
+    latent_cL = reduce_partial(routed.value_cD, routed.partial_over).astype(x_cD.dtype)
+    return _Branch(tap("latent_out", linear(latent_cL, params.latent.up)), ())
 
 
 def token_axes(parallel: ParallelConfig) -> tuple[str, ...]:
@@ -360,37 +387,3 @@ def _sum_branches(branches: list[_Branch]) -> Array:
         partial[axes] = partial[axes] + value if axes in partial else value
     complete = [reduce_partial(value_cD, axes) for axes, value_cD in partial.items()]
     return sum(complete[1:], start=complete[0])
-
-
-def _make_trace(
-    rows: int,
-    counts: Array | None,
-    config: MoEConfig,
-    parallel: ParallelConfig,
-    logits_cE: Array | None,
-    ids_cK: Array,
-    weights_cK: Array,
-    handle: transport.Handle | transport.HopsHandle,
-) -> Trace:
-    """This rank's `Trace`. Collectives: the sum of the load, and after hops the numbers of the tokens that came."""
-    dense_nc = tokens.dense_index(tokens.real_counts(rows, counts, parallel), ids_cK.shape[0])
-    mine_c = dense_nc[_routing_rank(parallel)]
-    if isinstance(handle, transport.HopsHandle):
-        # 0 is what lies in an empty slot.
-        planned = transport.hops.carry(mine_c[:, None] + 1, handle)[:, 0] - 1
-        dropped = handle.dropped
-    else:
-        planned, dropped = dense_nc.reshape(-1) if parallel.expert_parallel else mine_c, jnp.zeros((), jnp.int32)
-    plan, axes = handle.plan, token_axes(parallel)
-    chosen_E = jnp.zeros((config.num_experts,), jnp.int32).at[ids_cK.reshape(-1)].add(1, mode="drop")
-    return Trace(
-        token_index=mine_c,
-        router_logits=logits_cE,
-        topk_ids=ids_cK,
-        topk_weights=weights_cK,
-        group_sizes=plan.group_sizes_e,
-        row_token=jnp.where(plan.row_token_R < 0, -1, planned[plan.row_token_R]),
-        row_slot=plan.row_slot_R,
-        expert_load=jax.lax.psum(chosen_E, axes) if axes else chosen_E,
-        dropped=dropped[None],
-    )

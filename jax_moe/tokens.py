@@ -13,6 +13,7 @@ Worked example: dp = 2, tp = 2, sequence parallel, t = 3 rows per DP rank, count
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jax_moe._typing import Array, Int, Int32
@@ -54,6 +55,11 @@ def real_counts(rows: int, counts: Int[Array, " shards"] | None, parallel: Paral
     chunk = chunk_rows(rows, parallel)
     first = jnp.arange(parallel.tp, dtype=jnp.int32) * chunk
     return jnp.clip(counts[:, None] - first, 0, chunk).reshape(-1)
+
+
+def routing_rank(parallel: ParallelConfig) -> Array | int:
+    """Which of the n ranks this is; inside of the mesh."""
+    return jax.lax.axis_index(parallel.mesh_axes if parallel.sp else parallel.dp_axes)
 
 
 def dense_index(counts_n: Int32[Array, " n"], chunk: int) -> Int32[Array, "n c"]:

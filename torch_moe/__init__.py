@@ -12,4 +12,6 @@ from torch_moe.cost import estimate as estimate
 from torch_moe.layer import MoE as MoE
 from torch_moe.mesh import make_mesh as make_mesh
 from torch_moe.params import init as init
+from torch_moe.stages import Lessons as Lessons
+from torch_moe.stages import Stages as Stages
 from torch_moe.trace import Trace as Trace

@@ -4,6 +4,8 @@ Shapes: `R` rows sorted by expert, `e` experts here, `W` an expert's input and o
 (this rank's part of it under tensor parallelism), `M` = 2F when gated and F otherwise.
 """
 
+from collections.abc import Callable
+
 from torch_moe import activation as activations
 from torch_moe import matmul
 from torch_moe._typing import Float, Float32, Int32, Tensor
@@ -23,6 +25,7 @@ def gate_up(
     activation: Activation,
     bias_eM: Float[Tensor, "e M"] | None = None,
     num_rows: int | None = None,
+    between: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Float[Tensor, "R F"]:
     """First product and activation: act(rows @ gate_up[expert].T + bias[expert]).
 
@@ -33,12 +36,13 @@ def gate_up(
         activation: which, and the layout of gate_up's rows.
         bias_eM: (e, M), added in float32.
         num_rows: the sum of the group sizes, where the host knows it.
+        between: applied to the product, (R, M) float32, before the activation.
 
     Returns:
         (R, F) in the dtype of the rows, rounded once. Rows past the last group are zeros.
     """
     product_RM = matmul.grouped_linear(rows_RW, gate_up_eMW, group_sizes_e, bias_eN=bias_eM, num_rows=num_rows)
-    return activate(product_RM, activation=activation).to(rows_RW.dtype)
+    return activate(between(product_RM), activation=activation).to(rows_RW.dtype)
 
 
 def down(

@@ -31,6 +31,8 @@ from torch_moe.activation import Activation
 from torch_moe.config import MoEConfig, ParallelConfig, check
 from torch_moe.layout import TokenLayout
 from torch_moe.mesh import Ranks, find_ranks
+from torch_moe.stages import Lessons, check_lessons
+from torch_moe.trace import Recorder, Tap
 from torch_moe.transport.base import Exchange, Handle, Placement, Transport, weigh
 
 
@@ -187,6 +189,7 @@ class MoE(nn.Module):
         topk_weights: Float[Tensor, "t K"] | None = None,
         counts: Sequence[int] | None = None,
         trace: bool = False,
+        lessons: Lessons | None = None,
     ) -> Tensor | tuple[Tensor, trace.Trace]:
         """Routes every real token to its experts and sums what they answer. Every rank of the mesh must call it.
 
@@ -198,7 +201,8 @@ class MoE(nn.Module):
             topk_weights: (t, K) floating point, with topk_ids.
             counts: real rows of x per DP rank (layout "dp_tp": per rank), the same sequence on every rank. Rows past
                 them are padding, which may hold anything. None: every row is real.
-            trace: also return the routing and the sort.
+            trace: also return the routing, the sort and the result of each stage.
+            lessons: what stages hand on in place of their own results; with `trace` alone.
 
         Returns:
             (t, D) in the configuration's dtype, zeros in padding rows; with `trace`, also a `Trace`.
@@ -212,24 +216,26 @@ class MoE(nn.Module):
         rows = x_tD.shape[0]
         real = layout.own_count(counts, rows, self.parallel, self.ranks.dp_index, self.ranks.tp_index)
         inputs.check_routing(router_logits, topk_ids, topk_weights, config=self.config, rows=rows, real=real)
+        if lessons is not None:
+            if not trace:
+                raise ValueError("lessons with trace=False: allowed is trace=True, which shows what came of them")
+            check_lessons(lessons, self.config)
         tokens = self._locate(rows, real, counts, x_tD.device, everyone=trace)
+        tap = self._recorder(tokens, lessons, x_tD.device) if trace else Tap()
 
         x_nD = self._own(x_tD, tokens)
         given = (router_logits, topk_ids, topk_weights)
         own = (None if value is None else self._own(value, tokens) for value in given)
-        logits_nE, ids_nK, weights_nK = self._route(x_nD, *own)
-        routed, handle = self._routed_branch(x_nD, ids_nK, weights_nK, tokens)
-        branches = [routed]
+        ids_nK, weights_nK = self._route(x_nD, *own, tap=tap)
+        branches = [self._routed_branch(x_nD, ids_nK, weights_nK, tokens, tap)]
         if self.shared is not None:
-            branches.append(self._shared_branch(x_nD, self.shared))
+            branches.append(self._shared_branch(x_nD, self.shared, tap))
         y_nD = self._complete(branches).to(x_tD.dtype)
 
         y_tD = collectives.pad_rows(y_nD, tokens.own_rows)
         if self._scatters:
             y_tD = gather_sequence(y_tD, rows=tokens.array_rows, **self._sequence)
-        if not trace:
-            return y_tD
-        return y_tD, self._trace(tokens, logits_nE, ids_nK, weights_nK, handle)
+        return (y_tD, self._trace(tap)) if isinstance(tap, Recorder) else y_tD
 
     @property
     def _scatters(self) -> bool:
@@ -291,15 +297,16 @@ class MoE(nn.Module):
         return value[: tokens.own_real]
 
     def _route(
-        self, x_nD: Tensor, logits: Tensor | None, topk_ids: Tensor | None, topk_weights: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        self, x_nD: Tensor, logits: Tensor | None, topk_ids: Tensor | None, topk_weights: Tensor | None, *, tap: Tap
+    ) -> tuple[Tensor, Tensor]:
         if topk_ids is not None and topk_weights is not None:
-            return None, topk_ids.to(torch.int32), topk_weights.float()
-        if logits is None:
-            logits = router.compute_logits(x_nD, self._whole(cast(Tensor, self.router.gate)))
-        logits = logits.float()
-        ids, weights = router.route(logits, self.router.bias, router=self.config.router, top_k=self.config.top_k)
-        return logits, ids, weights
+            ids, weights = topk_ids.to(torch.int32), topk_weights.float()
+        else:
+            if logits is None:
+                logits = router.compute_logits(x_nD, self._whole(cast(Tensor, self.router.gate)))
+            logits = tap.by_token("logits", logits.float())
+            ids, weights = router.route(logits, self.router.bias, router=self.config.router, top_k=self.config.top_k)
+        return tap.by_token("topk_ids", ids), tap.by_token("topk_weights", weights)
 
     @property
     def _mover(self) -> Transport:
@@ -318,13 +325,12 @@ class MoE(nn.Module):
             max_rows=self.parallel.max_rows,
         )
 
-    def _routed_branch(
-        self, x_nD: Tensor, ids_nK: Tensor, weights_nK: Tensor, tokens: TokenLayout
-    ) -> tuple[Branch, Handle]:
+    def _routed_branch(self, x_nD: Tensor, ids_nK: Tensor, weights_nK: Tensor, tokens: TokenLayout, tap: Tap) -> Branch:
         mover = self._mover
         x_nW = x_nD
         if self.latent is not None:
             x_nW = matmul.linear(x_nD, self._whole(self.latent.down), tensor_cores=True).to(x_nD.dtype)
+            x_nW = tap.by_token("latent_in", x_nW)
         rows, handle = mover.dispatch(
             {"values": self._enter(x_nW)},
             ids_nK,
@@ -333,16 +339,18 @@ class MoE(nn.Module):
             exchange=self._exchange(tokens),
             weight_on_input=self.config.router.weight_on_input,
         )
-        rows_RW = weigh(rows["values"], handle)
-        y_nW = mover.combine(self._run_experts(rows_RW, handle), handle)
+        tap.arrived(mover.carry, handle)
+        rows_RW = tap.by_row("dispatch", weigh(rows["values"], handle))
+        y_RW = tap.by_row("down", self._run_experts(rows_RW, handle, tap))
+        y_nW = tap.by_token("combine", mover.combine(y_RW, handle))
         routed = Branch(value=y_nW, partial_over=self._partial_over)
         if self.latent is None:
-            return routed, handle
+            return routed
         whole_nL = reduce_partial(routed.value, partial_over=routed.partial_over, ranks=self.ranks).to(x_nD.dtype)
-        up = matmul.linear(whole_nL, self._whole(self.latent.up), tensor_cores=True)
-        return Branch(value=up, partial_over=()), handle
+        up_nD = matmul.linear(whole_nL, self._whole(self.latent.up), tensor_cores=True)
+        return Branch(value=tap.by_token("latent_out", up_nD), partial_over=())
 
-    def _run_experts(self, rows_RW: Tensor, handle: Handle) -> Tensor:
+    def _run_experts(self, rows_RW: Tensor, handle: Handle, tap: Tap) -> Tensor:
         weights = self.experts
         down_bias = weights.down_bias
         if down_bias is not None and self.parallel.splits_intermediate:
@@ -356,10 +364,12 @@ class MoE(nn.Module):
             activation=self.activation,
             bias_eM=weights.gate_up_bias,
             num_rows=num_rows,
+            between=lambda product_RM: tap.by_row("gate_up", product_RM),
         )
+        h_RF = tap.by_row("activation", h_RF)
         return experts.down(h_RF, weights.down, sizes, bias_eW=down_bias, num_rows=num_rows)
 
-    def _shared_branch(self, x_nD: Tensor, weights: params.SharedParams) -> Branch:
+    def _shared_branch(self, x_nD: Tensor, weights: params.SharedParams, tap: Tap) -> Branch:
         value = shared_expert(
             x_nD,
             self._whole(weights.gate_up),
@@ -368,7 +378,7 @@ class MoE(nn.Module):
             activation=self.activation,
             enter=self._enter,
         )
-        return Branch(value=value, partial_over=self._partial_over)
+        return Branch(value=tap.by_token("shared", value), partial_over=self._partial_over)
 
     def _complete(self, branches: Sequence[Branch]) -> Tensor:
         """Adds the branches up, each reduced over just the axes it is partial over."""
@@ -379,20 +389,10 @@ class MoE(nn.Module):
         done = [reduce_partial(value, partial_over=axes, ranks=self.ranks) for axes, value in sums.items()]
         return sum(done[1:], start=done[0])
 
+    def _recorder(self, tokens: TokenLayout, lessons: Lessons | None, device: torch.device) -> Recorder:
+        return Recorder(self.config, self.parallel, self.ranks.tp_index, tokens, lessons, device)
+
     @torch.no_grad()
-    def _trace(
-        self, tokens: TokenLayout, logits_nE: Tensor | None, ids_nK: Tensor, weights_nK: Tensor, handle: Handle
-    ) -> trace.Trace:
-        load = trace.count_ids(ids_nK, self.config.num_experts)
-        load = collectives.sum_ranks(load, self.ranks.world if self.parallel.sp else self.ranks.dp)
-        number_n = tokens.dense_index(ids_nK.device)[: len(ids_nK), None]
-        return trace.collect(
-            tokens,
-            logits_nE,
-            ids_nK,
-            weights_nK,
-            handle.plan,
-            token_number_t=self._mover.carry(number_n, handle)[:, 0],
-            dropped=handle.dropped,
-            expert_load_E=load,
-        )
+    def _trace(self, recorder: Recorder) -> trace.Trace:
+        load = collectives.sum_ranks(recorder.count_choices(), self.ranks.world if self.parallel.sp else self.ranks.dp)
+        return recorder.trace(load)

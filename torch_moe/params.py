@@ -91,11 +91,11 @@ def local_part(
         part = full.shape[-1] // parallel.tp
         return full.narrow(-1, tp_index * part, part)
     if leaf in ("gate_up", "gate_up_bias"):
-        return _split_gate_up(full, config, parallel.tp, tp_index, dim=1 if group == "experts" else 0)
+        return split_gate_up(full, config, parallel.tp, tp_index, dim=1 if group == "experts" else 0)
     return full  # The down bias and the shared expert's gate act on whole outputs.
 
 
-def _split_gate_up(full: Tensor, config: MoEConfig, tp: int, index: int, *, dim: int) -> Tensor:
+def split_gate_up(full: Tensor, config: MoEConfig, tp: int, index: int, *, dim: int) -> Tensor:
     """Rows of one tp rank: its own gate rows and its own up rows, in the layout of the whole."""
     if not config.gated or config.gate_up_layout == "interleaved":
         part = full.shape[dim] // tp

@@ -1,22 +1,32 @@
-"""What a forward pass decided, for comparison stage by stage.
+"""What a forward pass decided and what its stages gave, for comparison stage by stage.
 
 Shapes: `t` rows this rank routes, padding included (its chunk under sequence parallelism), `n` of them real; `E`
 experts, `e` on this rank, `K` slots, `R` the bound on rows.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from torch_moe import stages
 from torch_moe._typing import Float32, Int32, Tensor
+from torch_moe.config import MoEConfig, ParallelConfig
 from torch_moe.layout import TokenLayout
-from torch_moe.plan import Plan
+from torch_moe.stages import Lessons, Stages
+from torch_moe.transport.base import Handle
+
+Carry = Callable[[Tensor, Handle], Tensor]
+"""A transport's `carry`."""
+_STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The routing and the sort of one rank.
+    """The routing, the sort and the stages of one rank.
+
+    With lessons the router's results are still its own; rows, their sizes and drops follow the choice it was taught.
 
     Attributes:
         token_index: (t,) int32, each row's number among all real tokens in rank order, -1 for padding.
@@ -30,6 +40,7 @@ class Trace:
         expert_load: (E,) int32, rows of each expert over the real tokens of all ranks, as the router chose.
         dropped: () int32, token copies this rank dropped: those it found no slot for (padded), or did not accept
             (ragged). They have no rows.
+        stages: what the other stages gave.
     """
 
     token_index: Int32[Tensor, " t"]
@@ -41,10 +52,12 @@ class Trace:
     row_slot: Int32[Tensor, " R"]
     expert_load: Int32[Tensor, " E"]
     dropped: Int32[Tensor, ""]
+    stages: Stages
 
 
 def _pad(x: Tensor, rows: int, value: int) -> Tensor:
-    return F.pad(x.detach(), (0, 0, 0, rows - x.shape[0]), value=value)
+    missing = rows - x.shape[0]
+    return F.pad(x.detach(), (0, 0, 0, missing), value=value) if missing else x.detach()
 
 
 def count_ids(topk_ids_nK: Int32[Tensor, "n K"], num_experts: int) -> Int32[Tensor, " E"]:
@@ -56,43 +69,94 @@ def count_ids(topk_ids_nK: Int32[Tensor, "n K"], num_experts: int) -> Int32[Tens
     return edges.diff()
 
 
-def collect(
-    layout: TokenLayout,
-    logits_nE: Float32[Tensor, "n E"] | None,
-    topk_ids_nK: Int32[Tensor, "n K"],
-    topk_weights_nK: Float32[Tensor, "n K"],
-    plan: Plan,
-    *,
-    token_number_t: Int32[Tensor, " s"],
-    dropped: Int32[Tensor, ""],
-    expert_load_E: Int32[Tensor, " E"],
-) -> Trace:
-    """Puts a trace together.
+class Tap:
+    """Hands every stage's result on as it is, at no cost. A `Recorder` keeps it, and may put a lesson in its place."""
+
+    def arrived(self, carry: Carry, handle: Handle) -> None:
+        """Learns which rows dispatch has brought to this rank, before the first stage by row."""
+
+    def by_token(self, stage: str, value: Tensor) -> Tensor:
+        """What to go on with after a stage with a result for each real token of this rank, (n, ...)."""
+        del stage
+        return value
+
+    def by_row(self, stage: str, value: Tensor) -> Tensor:
+        """What to go on with after a stage with a result for each row in use, or for each up to the bound."""
+        del stage
+        return value
+
+
+class Recorder(Tap):
+    """Keeps the results of one forward on one rank, and with lessons hands these on.
 
     Args:
-        layout: this rank's rows; `n` of them are real.
-        logits_nE: router logits, or None where ids were given.
-        topk_ids_nK: chosen experts.
-        topk_weights_nK: their weights.
-        plan: over the tokens that reached this rank.
-        token_number_t: the number of each token that the plan saw.
-        dropped: copies this rank dropped.
-        expert_load_E: over all ranks.
+        config: the layer.
+        parallel: how it is spread.
+        tp_index: of this rank.
+        layout: this rank's rows.
+        lessons: what to hand on, or None.
+        device: of the layer.
     """
-    rows = layout.own_rows
-    row_token_R = torch.full_like(plan.row_token, -1)
-    if len(token_number_t):
-        number_R = token_number_t.index_select(0, plan.row_token.clamp(min=0))
-        row_token_R = torch.where(plan.row_token >= 0, number_R, row_token_R)
-    num_experts = expert_load_E.shape[0]
-    return Trace(
-        token_index=layout.dense_index(topk_ids_nK.device),
-        router_logits=None if logits_nE is None else _pad(logits_nE, rows, 0),
-        topk_ids=_pad(topk_ids_nK, rows, num_experts),
-        topk_weights=_pad(topk_weights_nK, rows, 0),
-        group_sizes=plan.group_sizes,
-        row_token=row_token_R,
-        row_slot=plan.row_slot,
-        expert_load=expert_load_E,
-        dropped=dropped,
-    )
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        parallel: ParallelConfig,
+        tp_index: int,
+        layout: TokenLayout,
+        lessons: Lessons | None,
+        device: torch.device,
+    ) -> None:
+        self._config, self._parallel, self._tp_index, self._layout = config, parallel, tp_index, layout
+        self._lessons = lessons if lessons is not None and lessons.on else None
+        self._index = layout.dense_index(device)
+        self._results: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def arrived(self, carry: Carry, handle: Handle) -> None:
+        number_t = carry(self._index[: self._layout.own_real, None], handle)[:, 0]
+        plan = handle.plan
+        row_token_R = torch.full_like(plan.row_token, -1)
+        if len(number_t):
+            row_token_R = torch.where(
+                plan.row_token >= 0, number_t.index_select(0, plan.row_token.clamp(min=0)), row_token_R
+            )
+        self._handle, self._row_token = handle, row_token_R
+
+    def by_token(self, stage: str, value: Tensor) -> Tensor:
+        absent = self._config.num_experts if stage == "topk_ids" else 0
+        self._results[stage] = _pad(value, self._layout.own_rows, absent)
+        return self._hand_on(stage, value, self._index[: len(value)])
+
+    def by_row(self, stage: str, value: Tensor) -> Tensor:
+        row_token, row_slot = self._row_token, self._handle.plan.row_slot
+        self._results[stage] = _pad(value, len(row_token), 0)
+        line = torch.where(row_token >= 0, row_token * self._config.top_k + row_slot, -1)
+        return self._hand_on(stage, value, line[: len(value)])
+
+    def _hand_on(self, stage: str, value: Tensor, line: Tensor) -> Tensor:
+        lesson = getattr(self._lessons, stage, None)
+        if lesson is None:
+            return value
+        lines = stages.take(lesson, line)
+        return stages.own_columns(stage, lines, self._config, self._parallel, self._tp_index).to(value.dtype)
+
+    def count_choices(self) -> Int32[Tensor, " E"]:
+        """(E,) int32: how many of this rank's real tokens chose each expert."""
+        return count_ids(self._results["topk_ids"][: self._layout.own_real], self._config.num_experts)
+
+    def trace(self, expert_load_E: Int32[Tensor, " E"]) -> Trace:
+        """The trace, after the last stage, given the load over all ranks."""
+        plan, results = self._handle.plan, self._results
+        return Trace(
+            token_index=self._index,
+            router_logits=results.get("logits"),
+            topk_ids=results["topk_ids"],
+            topk_weights=results["topk_weights"],
+            group_sizes=plan.group_sizes,
+            row_token=self._row_token,
+            row_slot=plan.row_slot,
+            expert_load=expert_load_E,
+            dropped=self._handle.dropped,
+            stages=Stages(**{name: results.get(name) for name in _STAGES}),
+        )

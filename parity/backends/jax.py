@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
@@ -12,7 +13,15 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member
-from parity.backends.layout import TRACE_FIELDS, decisions, layer_options, parameters, token_blocks
+from parity.backends.layout import (
+    STAGE_FIELDS,
+    TAUGHT_FIELDS,
+    TRACE_FIELDS,
+    decisions,
+    layer_options,
+    parameters,
+    token_blocks,
+)
 from parity.case import Case
 from parity.results import RankResult
 
@@ -93,24 +102,30 @@ class JaxBackend(Backend):
         parallel = house.ParallelConfig(**parallel)
         mesh = house.make_mesh(parallel, jax.devices()[: case.world])
         try:
-            return self._run(case, arrays, config, parallel, mesh)
+            return self._run(case, arrays, lessons, config, parallel, mesh)
         finally:
             # compiled programs pile up over hundreds of cases, and one compiled around a planted bug must not live on
             jax.clear_caches()
 
     def _run(
-        self, case: Case, arrays: Mapping[str, ArrayRef], config: Any, parallel: Any, mesh: jax.sharding.Mesh
-    ) -> dict:
+        self,
+        case: Case,
+        arrays: Mapping[str, ArrayRef],
+        lessons: Mapping[str, ArrayRef] | None,
+        config: Any,
+        parallel: Any,
+        mesh: jax.sharding.Mesh,
+    ) -> dict[int, RankResult]:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
         house = self.house
         params = house.shard(_params(house, parameters(arrays)), config, parallel, mesh)
         blocks = token_blocks(case, arrays)
-        spec = PartitionSpec(parallel.token_axes)
+        split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(parallel.token_axes), PartitionSpec()))
 
-        def place(values: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(values.shape, NamedSharding(mesh, spec), lambda index: values[index])
+        def place(values: np.ndarray, sharding: NamedSharding = split) -> jax.Array:
+            return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
         inputs = {
             name: place(_native(values.reshape(-1, *values.shape[2:]), blocks.dtypes[name]))
@@ -119,30 +134,56 @@ class JaxBackend(Backend):
         if blocks.counts is not None:
             inputs["counts"] = place(np.array(blocks.counts, np.int32))
         x = inputs.pop("x")
+        given = {name: place(_native(ref.open(), ref.dtype), whole) for name, ref in (lessons or {}).items()}
 
         @jax.jit
-        def step(params: Any, x: jax.Array, inputs: dict) -> Any:
-            return house.moe(params, x, config=config, parallel=parallel, mesh=mesh, trace=True, **inputs)
+        def step(params: Any, x: jax.Array, inputs: dict, given: dict, on: jax.Array | None) -> Any:
+            taught = None if on is None else house.Lessons(on=on, **given)
+            y, trace = house.moe(
+                params, x, config=config, parallel=parallel, mesh=mesh, trace=True, lessons=taught, **inputs
+            )
+            # what nobody asks for is not computed
+            return y, trace if taught is not None else dataclasses.replace(trace, stages=None)
 
-        y, trace = jax.block_until_ready(step(params, x, inputs))
-        first = _by_rank(y, mesh)
-        traced: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in first}
-        for name in TRACE_FIELDS:
-            if (value := getattr(trace, name)) is not None:
-                for rank, part in _by_rank(value, mesh).items():
-                    traced[rank][name] = part
+        # one program runs free and taught
+        off, on = (None, None) if lessons is None else (place(np.array(taught), whole) for taught in (False, True))
+        y, trace = jax.block_until_ready(step(params, x, inputs, given, off))
+        first, y_dtype = _by_rank(y, mesh), str(y.dtype)
+        traced = _fields(trace, {name: name for name in TRACE_FIELDS}, mesh)
         dropped = _by_rank(trace.dropped, mesh)
-        del trace
-        again = _by_rank(jax.block_until_ready(step(params, x, inputs))[0], mesh)
+        stages = _fields(trace.stages, {name: name for name in STAGE_FIELDS}, mesh)
+        del y, trace
+        again = _by_rank(jax.block_until_ready(step(params, x, inputs, given, off))[0], mesh)
+        taught: dict[int, dict[str, np.ndarray]] = {}
+        if on is not None:
+            y, trace = jax.block_until_ready(step(params, x, inputs, given, on))
+            decided = _fields(trace, TAUGHT_FIELDS, mesh)
+            results = _fields(trace.stages, {name: name for name in STAGE_FIELDS}, mesh)
+            for rank, values in _by_rank(y, mesh).items():
+                taught[rank] = {"y": values.astype(np.float32), **decided[rank], **results[rank]}
         return {
             rank: RankResult(
                 y=values.astype(np.float32),
-                y_dtype=str(y.dtype),
+                y_dtype=y_dtype,
                 decisions=decisions(traced[rank], int(dropped[rank][0])),
                 repeat_equal=values.tobytes() == again[rank].tobytes(),
+                stages=stages.get(rank, {}),
+                taught=taught.get(rank, {}),
             )
             for rank, values in first.items()
         }
+
+
+def _fields(owner: Any, names: Mapping[str, str], mesh: jax.sharding.Mesh) -> dict[int, dict[str, np.ndarray]]:
+    """Fields of a trace that are there, by rank and by the name they get; float32 where they are no integers."""
+    out: dict[int, dict[str, np.ndarray]] = {}
+    for theirs, ours in names.items():
+        if (value := getattr(owner, theirs, None)) is None:
+            continue
+        for rank, part in _by_rank(value, mesh).items():
+            kept = part if np.issubdtype(part.dtype, np.integer) else part.astype(np.float32)
+            out.setdefault(rank, {})[ours] = kept
+    return out
 
 
 def _by_rank(array: jax.Array, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray]:

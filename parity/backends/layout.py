@@ -17,6 +17,7 @@ import numpy as np
 from parity.arrays import ArrayRef
 from parity.case import Case
 from parity.results import Decisions, RankResult, Rows
+from parity.stages import NAMES
 
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 INPUTS = ("x", "router_logits", "topk_ids", "topk_weights")
@@ -24,6 +25,16 @@ ROUTING_FIELDS = ("token_index", "router_logits", "topk_ids", "topk_weights")
 ROW_FIELDS = ("group_sizes", "row_token", "row_slot", "expert_load")
 TRACE_FIELDS = (*ROUTING_FIELDS, *ROW_FIELDS)
 """What both houses' traces call as `Decisions` and `Rows` do."""
+STAGE_FIELDS = tuple(name for name in NAMES if name not in ("logits", "choice", "reduce"))
+"""Results of stages that both houses' traces hold under `stages`."""
+TAUGHT_FIELDS = {
+    "router_logits": "logits",
+    "topk_ids": "topk_ids",
+    "topk_weights": "topk_weights",
+    "row_token": "row_token",
+    "row_slot": "row_slot",
+}
+"""What else of the trace of a taught run goes to `RankResult.taught`, and its name there."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ import numpy as np
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend, Member, cores
-from parity.backends.layout import TRACE_FIELDS, block_of_rank, decisions, layer_options, parameters, token_blocks
+from parity.backends.layout import (
+    STAGE_FIELDS,
+    TAUGHT_FIELDS,
+    TRACE_FIELDS,
+    block_of_rank,
+    decisions,
+    layer_options,
+    parameters,
+    token_blocks,
+)
 from parity.case import Case
 from parity.results import RankResult
 
@@ -80,15 +89,43 @@ class TorchBackend(Backend):
         with torch.inference_mode():
             y, trace = layer(x, **inputs, counts=blocks.counts, trace=True)
             again = layer(x, **inputs, counts=blocks.counts)
+        stages, taught = {}, {}
+        if lessons is not None:
+            stages = _stages(trace)
+            taught = self._taught(layer, x, inputs, blocks.counts, lessons)
         equal = bool(torch.equal(y.view(torch.uint8), again.view(torch.uint8)))
         traced = {name: value.cpu().numpy() for name in TRACE_FIELDS if (value := getattr(trace, name)) is not None}
         result = RankResult(
-            y=y.float().cpu().numpy(),
+            y=_array(y),
             y_dtype=str(y.dtype).removeprefix("torch."),
             decisions=decisions(traced, int(trace.dropped)),
             repeat_equal=equal,
+            stages=stages,
+            taught=taught,
         )
         return {self.rank: result}
+
+    def _taught(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        counts: tuple[int, ...] | None,
+        lessons: Mapping[str, ArrayRef],
+    ) -> dict[str, np.ndarray]:
+        """What each stage makes of the lessons of those before it."""
+        import torch
+
+        # Only rows of tokens that reach this rank are read, so lessons stay on disk until the layer picks them.
+        given = {name: _tensor(ref.open(), ref.dtype).to(x.device) for name, ref in lessons.items()}
+        with torch.inference_mode():
+            y, trace = layer(x, **inputs, counts=counts, trace=True, lessons=self.house.Lessons(on=True, **given))
+        decided = ((ours, getattr(trace, theirs)) for theirs, ours in TAUGHT_FIELDS.items())
+        return {
+            "y": _array(y),
+            **{name: value.cpu().numpy() for name, value in decided if value is not None},
+            **_stages(trace),
+        }
 
     def _layer(self, case: Case, arrays: Mapping[str, ArrayRef], device: torch.device) -> torch.nn.Module:
         moe, router, parallel = layer_options(case)
@@ -124,6 +161,16 @@ class LazyTensors(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._refs)
+
+
+def _stages(trace: Any) -> dict[str, np.ndarray]:
+    """What a trace has of each stage, float32."""
+    results = ((name, getattr(trace.stages, name)) for name in STAGE_FIELDS)
+    return {name: _array(value) for name, value in results if value is not None}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
 
 
 def _tensor(values: np.ndarray, dtype: str) -> torch.Tensor:

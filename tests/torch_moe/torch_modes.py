@@ -81,8 +81,21 @@ def forward_on_rank(rank, config, parallel, arrays, counts, given):
         traced, trace = moe(x, counts=counts, trace=True, **given)
     assert torch.equal(y, again), "a repeated run differs"
     assert torch.equal(y, traced), "the trace changes the result"
-    values = ((field.name, getattr(trace, field.name)) for field in dataclasses.fields(trace))
-    return y.float().cpu().numpy(), {name: None if value is None else value.cpu().numpy() for name, value in values}
+    return y.float().cpu().numpy(), arrays_of(trace)
+
+
+def arrays_of(traced):
+    """The tensors of a trace by name, or of its stages, as NumPy arrays; None where there is none."""
+    fields = ((field.name, getattr(traced, field.name)) for field in dataclasses.fields(traced))
+    return {
+        name: None if value is None else arrays_of(value) if dataclasses.is_dataclass(value) else to_numpy(value)
+        for name, value in fields
+    }
+
+
+def to_numpy(tensor):
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def backward_on_rank(rank, config, parallel, arrays, counts, given, seeds):
