@@ -62,6 +62,9 @@ Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layer
 Timeout = Annotated[
     float, typer.Option("--timeout", callback=_positive, help="Seconds a case may take in the frameworks.")
 ]
+Repeat = Annotated[
+    int, typer.Option("--repeat", metavar="N", min=2, help="Runs of a layer whose outputs must be equal bit for bit.")
+]
 JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
 
 
@@ -127,6 +130,7 @@ def run_command(
     where: Platforms = Platform.cpu,
     timeout: Timeout = 180.0,
     jax_processes: JaxProcesses = False,
+    repeat: Repeat = 2,
     frameworks: Annotated[
         str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
     ] = None,
@@ -139,7 +143,7 @@ def run_command(
     """
     with _messages():
         cases = _chosen(ids, grid, match)
-        chosen = _backends(frameworks, Options(platform=where.value, jax_processes=jax_processes))
+        chosen = _backends(frameworks, Options(platform=where.value, jax_processes=jax_processes, repeat=repeat))
         raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit))
 
 

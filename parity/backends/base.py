@@ -38,6 +38,8 @@ class Options:
     platform: str = "cpu"
     jax_processes: bool = False
     """JAX as one process a rank instead of one process for all."""
+    repeat: int = 2
+    """How often the layer runs on the same inputs, to be held to giving the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,8 @@ class Backend(ABC):
     ) -> dict[int, RankResult]:
         """Run the layer, every process together; with lessons, once more, stage by stage.
 
-        Run it twice on the same inputs if it is to be held to giving the same bits (`RankResult.repeat_equal`).
+        Run it `self.options.repeat` times on the same inputs if it is to be held to giving the same bits
+        (`RankResult.repeat_equal`).
 
         Args:
           case: the configuration.
