@@ -169,3 +169,9 @@ def element_bound(variance: np.ndarray, value: np.ndarray, model: ErrorModel) ->
     """
     before = np.maximum(variance - model.rounding(value), 0)
     return model.u * np.abs(value) + SLACK * SIGMAS * model.unit * np.sqrt(before)
+
+
+def over(error: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Error over bound; where nothing may be off (a token that lost every expert is exactly zero), 0 or infinity."""
+    exact = np.where(error > 0, np.inf, 0.0)
+    return np.divide(error, limit, out=exact, where=limit > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-GATES = ("sane", "exact", "router", "oracle", "frameworks", "sensitive")
+GATES = ("sane", "exact", "router", "stages", "oracle", "frameworks", "sensitive")
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,10 @@ class Gate:
     passed: bool
     detail: str
     margin: float | None = None
+    stage: str = ""
+    """The stage (`parity.stages`) it is about, if it is about one."""
 
 
-def graded(gate: str, framework: str, margin: float, detail: str) -> Gate:
+def graded(gate: str, framework: str, margin: float, detail: str, stage: str = "") -> Gate:
     margin = math.inf if math.isnan(margin) else margin
-    return Gate(gate, framework, margin <= 1, detail, margin)
+    return Gate(gate, framework, margin <= 1, detail, margin, stage)

@@ -12,6 +12,7 @@ from parity.results import RankResult
 from parity.tolerance import SENSITIVITY, ErrorModel
 from parity.verdict.gate import GATES, Gate
 from parity.verdict.numbers import Side, between, compare, nontrivial, numbers, output, routing, sensitive
+from parity.verdict.stages import stages
 from parity.verdict.structure import not_checked, structure
 
 
@@ -45,7 +46,10 @@ def judge(case: Case, reference: Reference, results: Mapping[str, Sequence[RankR
         side = Side.of(case, reference, ranks, model)
         sides[name] = side
         gates += routing(case, side, name, model) + output(case, side, name, model)
+        found, table = stages(case, side, reference, name, ranks)
+        gates += found
         metrics["frameworks"][name] = numbers(case, side, model) | {"not_checked": not_checked(reference, ranks)}
+        metrics["frameworks"][name]["stages"] = table
     for one, other in itertools.combinations(sides, 2):
         gates.append(between(case, (one, sides[one]), (other, sides[other]), model))
         metrics[f"{one} vs {other}"] = compare(sides[one], sides[other])
