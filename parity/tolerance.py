@@ -121,14 +121,27 @@ class ErrorModel:
 
         Partial sums of zero-mean terms grow like sqrt(i) and sum to depth * |a|^2 |b|^2 / (2 depth); a drift (a
         non-zero mean) makes them grow like i and adds out^2 * depth / 3. One running sum is the worst order: blocked
-        and tree sums stay below.
+        and tree sums stay below. Of narrow operands' terms only a share can make a sum round (`_rounding_share`).
 
         Args:
           inputs2: (rows, 1) squared norms of the input rows.
           weights2: (M,) squared norms of the weight rows.
           out: (rows, M) the exact products.
         """
-        return self.f32 * (inputs2 * weights2 / 2 + out**2 * (depth / 3 + 1))
+        variance = self.f32 * (inputs2 * weights2 / 2 + out**2 * (depth / 3 + 1))
+        return variance * self._rounding_share(inputs2 * weights2, out, depth) if self.narrow else variance
+
+    def _rounding_share(self, product2: np.ndarray, out: np.ndarray, depth: int) -> np.ndarray:
+        """Which share of the terms can make a float32 sum round: a bfloat16 product is exact, and too short to.
+
+        Such a product p has 16 bits, the lowest above |p| 2^-16; the last place of a float32 sum s is at most
+        |s| 2^-23. So only |p| < 2^-7 |s| rounds. Terms of RMS t are products of two Gaussians, with density K0 / pi,
+        and |p| < e t has probability (2 / pi) e (1 - gamma + ln(2 / e)). The sum is taken at its end, where
+        s^2 / t^2 = depth + depth^2 out^2 / product2 at most.
+        """
+        drift = np.divide(out**2, product2, out=np.zeros_like(out), where=product2 > 0)
+        below = np.minimum(np.sqrt(depth + depth**2 * drift) / 128, 1.0)
+        return np.minimum(2 / math.pi * below * (1 - np.euler_gamma + np.log(2 / below)), 1.0)
 
     def activation(self, h: np.ndarray) -> np.ndarray:
         """An activation evaluated in float32: an exponential or erf of a few float32 roundings, and two products."""

@@ -38,6 +38,25 @@ def test_a_running_float32_sum_errs_as_the_model_says(depth, mean):
     assert 0.3 < ratio < 1.1
 
 
+@pytest.mark.parametrize("depth", [32, 256, 2048])
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_a_running_sum_of_bfloat16_products_rounds_less_often_and_the_model_knows(depth, mean):
+    from parity.arrays import bits_of_float32, float32_of_bits
+
+    rng = np.random.default_rng(3)
+    a, b = (float32_of_bits(bits_of_float32(rng.standard_normal(shape).astype(np.float32) + np.float32(mean)))
+            for shape in ((400, depth), (depth,)))  # fmt: skip
+    total = np.zeros(400, np.float32)
+    for i in range(depth):
+        total = total + a[:, i] * b[i]
+    exact = a.astype(float) @ b.astype(float)
+    model = ErrorModel("bf16")
+    variance = model.matmul((a.astype(float) ** 2).sum(1, keepdims=True), np.array([(b.astype(float) ** 2).sum()]),
+                            exact[:, None], depth)  # fmt: skip
+    ratio = np.sqrt(((total - exact) ** 2).sum() / variance.sum()) / model.unit
+    assert 0.3 < ratio < 1.1
+
+
 def test_an_elements_bound_is_its_rounding_and_what_came_before():
     value = np.array([[1.0, 2.0]])
     model = ErrorModel("bf16")
