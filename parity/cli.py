@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from parity import backends, grids, report
+from parity.backends import gpu, nccl
 from parity.backends.base import Backend, Options, cores
 from parity.backends.gpu import why_no_gpu
 from parity.case import Case, CaseError
@@ -66,6 +68,11 @@ Repeat = Annotated[
     int, typer.Option("--repeat", metavar="N", min=2, help="Runs of a layer whose outputs must be equal bit for bit.")
 ]
 JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
+RanksPerGpu = Annotated[int, typer.Option("--ranks-per-gpu", min=1, metavar="N", help="N ranks share each GPU.")]
+NcclLibrary = Annotated[
+    str | None,
+    typer.Option("--nccl-library", metavar="PATH", help="NCCL 2.30 or newer, which lets ranks share a GPU."),
+]
 
 
 def _print_version(asked: bool) -> None:
@@ -131,6 +138,11 @@ def run_command(
     timeout: Timeout = 180.0,
     jax_processes: JaxProcesses = False,
     repeat: Repeat = 2,
+    ranks_per_gpu: RanksPerGpu = 1,
+    nccl_library: NcclLibrary = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="The I-th of N parts of the cases; see 'merge'.")
+    ] = None,
     frameworks: Annotated[
         str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
     ] = None,
@@ -143,7 +155,16 @@ def run_command(
     """
     with _messages():
         cases = _chosen(ids, grid, match)
-        chosen = _backends(frameworks, Options(platform=where.value, jax_processes=jax_processes, repeat=repeat))
+        if shard is not None:
+            cases = grids.shard(cases, shard)
+        options = Options(
+            platform=where.value,
+            jax_processes=jax_processes,
+            ranks_per_gpu=ranks_per_gpu,
+            nccl_library=nccl_library,
+            repeat=repeat,
+        )
+        chosen = _backends(frameworks, options)
         raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit))
 
 
@@ -156,9 +177,16 @@ def _chosen(ids: Sequence[str] | None, grid: str | None, match: str | None) -> l
 
 def _backends(names: str | None, options: Options) -> list[Backend]:
     """Construct the backends, and find out before anything is launched whether they can run."""
-    chosen = [backends.load(name, options) for name in backends.chosen(names)]
+    if options.ranks_per_gpu > 1 and options.platform != "gpu":
+        raise typer.BadParameter("--ranks-per-gpu is for --platform gpu; on CPUs ranks share the cores anyway")
     if options.platform == "gpu" and (reason := why_no_gpu()):
         raise InfrastructureError(reason)
+    if options.platform == "gpu" and (options.ranks_per_gpu > 1 or options.nccl_library):
+        try:
+            options = replace(options, nccl_library=str(nccl.find(options.nccl_library)))
+        except nccl.NcclError as error:
+            raise InfrastructureError(str(error)) from None
+    chosen = [backends.load(name, options) for name in backends.chosen(names)]
     for backend in chosen:
         if reason := backend.missing():
             raise InfrastructureError(reason)
@@ -198,6 +226,7 @@ def _run(
         if status == PASSED:
             status = exit_code(folder.done.values())
         summary = _summary(cases, folder.done, time.monotonic() - began, versions, status, interrupted, trouble)
+        summary["platform"] |= gpu.describe(chosen[0].options)
         try:
             folder.summarize(summary)
             if junit:
@@ -286,6 +315,31 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@app.command("merge")
+def merge_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the joined results.")],
+) -> None:
+    """Join the results of several runs, of the parts that --shard makes for instance, into one folder."""
+    from parity import merge
+
+    with _messages():
+        raise typer.Exit(merge.main(folders, out, _console()))
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: AsJson = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", callback=_positive, help="Seconds a framework may take to be imported.")
+    ] = 120.0,
+) -> None:
+    """Tell what this machine can run, what is missing for the rest, and how to get it. Exit status: always 0."""
+    from parity import doctor
+
+    doctor.main(as_json, _console(), package_version(), timeout)
 
 
 @app.command("selftest")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -254,6 +255,36 @@ def _weights_key(case: Case) -> tuple:
     size = case.experts * case.expert_width * case.intermediate
     shape = (case.experts, case.expert_width, case.intermediate, case.gated)
     return (size, case.format, shape, case.flags.expertbias, case.flags.mean, case.flags.seed)
+
+
+def cost(case: Case) -> float:
+    """About how long a case takes, in units of the smallest."""
+    return 1 + case.experts * case.expert_width * case.intermediate / 2e7
+
+
+def shard(cases: Sequence[Case], text: str) -> list[Case]:
+    """One of N parts of about equal cost, which together are all cases; cases that share an answer stay together.
+
+    Args:
+      cases: in grid order, the same for every part.
+      text: "I/N", the I-th (from 1) of N parts.
+
+    Raises:
+      GridError: the text is not such a pair, or the part is empty.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise GridError(f"--shard {text!r} is not I/N with I from 1 to N, for example 2/3")
+    loads, chosen = [0.0] * parts, []
+    for _, group in itertools.groupby(cases, key=lambda case: case.logical_id):
+        together = list(group)
+        least = loads.index(min(loads))
+        loads[least] += sum(map(cost, together))
+        chosen += together if least == part - 1 else []
+    if not chosen:
+        raise GridError(f"--shard {text!r} of {len(cases)} cases is empty; use fewer parts")
+    return chosen
 
 
 def select(cases: Sequence[Case], text: str | None) -> list[Case]:

@@ -69,6 +69,8 @@ class Worker:
     buffer: bytes = b""
     log_start: int = 0
     """Where in the log the present case begins."""
+    spent: bool = False
+    """Whether it holds so much of a device's memory that it had better end."""
 
     @property
     def dead(self) -> bool:
@@ -158,6 +160,14 @@ class Pool:
     def idle_dead(self) -> list[Worker]:
         """Processes that died between cases."""
         return [worker for worker in self.workers if worker.dead]
+
+    @property
+    def spent(self) -> bool:
+        """Whether an idle process has said that it holds too much memory to be kept."""
+        if self.busy or not self.ready:
+            return False
+        self._pump(0)
+        return any(worker.spent for worker in self.workers)
 
     @property
     def ready(self) -> bool:
@@ -263,6 +273,8 @@ class Pool:
         elif kind == "finished" and message["id"] == self._request:
             worker.state, worker.ranks = "finished", message["ranks"]
             self.seconds = message["seconds"]
+        elif kind == "spent":
+            worker.spent = True
         elif kind == "failed":
             worker.state, worker.failure, worker.failed_at = "failed", message, time.monotonic()
 
@@ -277,8 +289,9 @@ class Pool:
                 if any(w.dead for w in self.workers):
                     break
             raise self._blame_trouble()
-        if time.monotonic() > deadline:
-            late = [w for w in self.workers if w.state == waiting]
+        late = [w for w in self.workers if w.state == waiting]
+        # all may have finished in time, while it was another pool that was waited for
+        if late and time.monotonic() > deadline:
             raise self._blame_hang(late, limit)
 
     def _blame_trouble(self) -> Exception:
@@ -364,6 +377,9 @@ class Pools:
         """A pool for the case: a living one, or one just spawned and not waited for."""
         environment = backend.environment(case)
         key = (backend.name, backend.processes(case), tuple(sorted(environment.items())))
+        for other in list(self._pools.values()):
+            if other.spent:
+                self.drop(other)
         pool = self._pools.get(key)
         if pool is not None and pool.idle_dead():
             self.drop(pool)

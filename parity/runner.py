@@ -16,6 +16,7 @@ from typing import Any
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend
 from parity.case import Case
+from parity.grids import cost
 from parity.launch import InfrastructureError, Pool, Pools, RankError
 from parity.records import STORAGE_ERRORS, Folder, Outcome
 from parity.results import RankResult
@@ -264,11 +265,6 @@ def _room(path: Path) -> Iterator[None]:
         raise InfrastructureError(
             f"no room for arrays in {str(path)!r}: {error.strerror}; free some space or point TMPDIR elsewhere"
         ) from error
-
-
-def cost(case: Case) -> float:
-    """About how long a case takes, in units of the smallest: for the time left."""
-    return 1 + case.experts * case.expert_width * case.intermediate / 2e7
 
 
 def run(

@@ -6,7 +6,7 @@ output and error go to a log. It dies with the process that started it, however 
     request   {"type": "run", "id": 3, "case": ID, "arrays": {name: ArrayRef}, "out": folder, "mutation": name or null,
                "lessons": {name: ArrayRef} or null}
               {"type": "rendezvous", "value": text}
-    message   {"type": "rendezvous" | "ready" | "started" | "finished" | "failed" | "heartbeat", ...}
+    message   {"type": "rendezvous" | "ready" | "started" | "finished" | "failed" | "spent" | "heartbeat", ...}
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from parity.arrays import ArrayRef
 from parity.backends import contract
 from parity.backends.base import Backend, Member, Options
 from parity.case import Case
+from parity.causes import cause
 
 HEARTBEAT_SECONDS = 0.5
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -136,6 +137,8 @@ def serve(backend: Backend, request: dict, channel: Channel) -> None:
         report_failure(channel, number, error)
     results = answer = arrays = None
     release_memory()
+    if backend.release():
+        channel.send("spent", id=number)
 
 
 def report_failure(channel: Channel, number: int, error: BaseException) -> None:
@@ -143,6 +146,8 @@ def report_failure(channel: Channel, number: int, error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
     log(text)
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()
+    if lines and (why := cause(" ".join(lines))):
+        lines[0] = f"{why} ({lines[0]})"
     storage = isinstance(error, OSError) and error.errno in STORAGE_ERRORS
     channel.send(
         "failed",

@@ -40,6 +40,10 @@ class Options:
     """JAX as one process a rank instead of one process for all."""
     repeat: int = 2
     """How often the layer runs on the same inputs, to be held to giving the same bits."""
+    ranks_per_gpu: int = 1
+    """How many ranks share a GPU; more than one are a process each in every framework, and need `nccl_library`."""
+    nccl_library: str | None = None
+    """Path of the NCCL that is loaded in place of the frameworks' own (`parity.backends.nccl`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +124,7 @@ class Backend(ABC):
         """Why this backend refuses the case, naming the missing capability; None if it takes it."""
         if reason := self.capabilities.missing(case):
             return reason
-        if self.options.platform == "gpu" and case.world > gpu.count():
-            return f"{case.world} ranks need as many GPUs; this machine has {gpu.count()}"
-        return None
+        return gpu.too_few(case.world, self.options.ranks_per_gpu) if self.options.platform == "gpu" else None
 
     def processes(self, case: Case) -> int:
         """How many processes serve the case together: usually one a rank."""
@@ -162,6 +164,14 @@ class Backend(ABC):
           output alone will do: what is not there is not checked, and listed so. `parity.backends.layout` has helpers:
           `token_blocks` cuts the inputs into each rank's block, `hand_out` cuts an answer for all tokens.
         """
+
+    def release(self) -> bool:
+        """Give the device's memory back after a case, since other processes use the same device.
+
+        Returns:
+          Whether so much is held that only the end of this process would give it back; another is then started.
+        """
+        return False
 
 
 def cores() -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
 import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parity.arrays import ArrayRef
+from parity.backends import gpu, nccl
 from parity.backends.base import Backend, Member
 from parity.backends.layout import (
     STAGE_FIELDS,
@@ -45,12 +49,12 @@ class JaxBackend(Backend):
     blame_layer = True
 
     def processes(self, case: Case) -> int:
-        return case.world if self.options.jax_processes else 1
+        # a process drives each of its GPUs as one rank, so ranks that share one are a process each
+        return case.world if self.options.jax_processes or self.options.ranks_per_gpu > 1 else 1
 
     def environment(self, case: Case) -> dict[str, str]:
         if self.options.platform == "gpu":
-            # torch's ranks use the same GPUs
-            return {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            return self._gpu_environment()
         devices = 1 if self.options.jax_processes else max(LEAST_DEVICES, case.world)
         flags = [
             os.environ.get("XLA_FLAGS", ""),
@@ -61,12 +65,28 @@ class JaxBackend(Backend):
         ]
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags).strip(), "JAX_ENABLE_X64": "0"}
 
+    def _gpu_environment(self) -> dict[str, str]:
+        out = {
+            "JAX_PLATFORMS": "cuda",
+            # other ranks, and the other framework's, use the same memory: grow as needed, and not past a fair share
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpu.memory_fraction(self.options.ranks_per_gpu)),
+            # ours first: of a flag given twice XLA takes the last
+            "XLA_FLAGS": " ".join([*_gpu_flags(), os.environ.get("XLA_FLAGS", "")]).strip(),
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+        }
+        if self.options.nccl_library:
+            out |= nccl.environment(Path(self.options.nccl_library))
+        return out
+
     def setup(self, member: Member) -> dict[str, str]:
         import jax
         import jaxlib
 
-        if member.options.jax_processes and member.processes > 1:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        self.gpu = member.options.platform == "gpu"
+        if member.processes > 1:
+            if not self.gpu:
+                jax.config.update("jax_cpu_collectives_implementation", "gloo")
             if member.index == 0:
                 address = f"{LOOPBACK}:{_free_port()}"
                 member.publish(address)
@@ -78,18 +98,32 @@ class JaxBackend(Backend):
                 process_id=member.index,
                 cluster_detection_method="deactivate",
                 coordinator_bind_address=address,  # loopback only; the default binds every interface
-                local_device_ids=[member.index] if member.options.platform == "gpu" else None,
+                local_device_ids=[gpu.of_rank(member.index, member.options.ranks_per_gpu)] if self.gpu else None,
             )
         jax.devices()
         import jax_moe
 
         self.house = jax_moe
-        return {
+        versions = {
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
             "numpy": np.__version__,
             "python": sys.version.split()[0],
         }
+        return versions | ({"gpu": jax.devices()[0].device_kind} if self.gpu else {})
+
+    def release(self) -> bool:
+        """JAX keeps what it has taken from a GPU: past half of its share the process had better end."""
+        if not self.gpu:
+            return False
+        import jax
+
+        held = [(stats.get("pool_bytes", 0), stats.get("bytes_limit", 0)) for stats in self._memory(jax)]
+        return any(2 * pool > limit > 0 for pool, limit in held)
+
+    @staticmethod
+    def _memory(jax: Any) -> list[dict]:
+        return [device.memory_stats() or {} for device in jax.local_devices()]
 
     def run(
         self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
@@ -187,6 +221,20 @@ def _fields(owner: Any, names: Mapping[str, str], mesh: jax.sharding.Mesh) -> di
             kept = part if np.issubdtype(part.dtype, np.integer) else part.astype(np.float32)
             out.setdefault(rank, {})[ours] = kept
     return out
+
+
+def _gpu_flags() -> list[str]:
+    """Flags of XLA for GPUs, known to the release that is installed: XLA ends a process that has others."""
+    flags = [
+        # timing alternatives costs more than such programs run, on a GPU that several processes keep busy
+        "--xla_gpu_autotune_level=0",
+        # XLA's own kernel for ragged_all_to_all hangs between processes, on one GPU and on two; NCCL's does not
+        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
+    ]
+    with contextlib.suppress(PackageNotFoundError, ValueError):
+        if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):
+            flags.append("--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true")
+    return flags
 
 
 def _by_rank(array: jax.Array, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray]:

@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parity.arrays import ArrayRef
+from parity.backends import gpu, nccl
 from parity.backends.base import Backend, Member, cores
 from parity.backends.layout import (
     STAGE_FIELDS,
@@ -45,6 +47,10 @@ class TorchBackend(Backend):
         out = {"OMP_NUM_THREADS": str(max(1, cores() // case.world))}
         if sys.platform in ("linux", "darwin"):
             out["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+        if self.options.platform == "gpu":
+            out["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", "lo")
+            if self.options.nccl_library:
+                out |= nccl.environment(Path(self.options.nccl_library))
         return out
 
     def setup(self, member: Member) -> dict[str, str]:
@@ -53,12 +59,13 @@ class TorchBackend(Backend):
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.rank, self.gpu = member.index, member.options.platform == "gpu"
+        self.device = torch.device("cpu")
         if self.gpu:
-            if torch.cuda.device_count() < member.processes:
-                raise RuntimeError(
-                    f"torch sees {torch.cuda.device_count()} GPUs; {member.processes} ranks need as many"
-                )
-            torch.cuda.set_device(member.index)
+            self.device = torch.device("cuda", gpu.of_rank(member.index, member.options.ranks_per_gpu))
+            if torch.cuda.device_count() <= self.device.index:
+                raise RuntimeError(f"torch sees {torch.cuda.device_count()} GPUs; rank {member.index} needs another")
+            torch.cuda.set_device(self.device)
+            torch.cuda.set_per_process_memory_fraction(gpu.memory_fraction(member.options.ranks_per_gpu), self.device)
         # Process 0 binds a port of the system's choice and the others are told: no port is guessed free and then lost.
         if member.index == 0:
             store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
@@ -71,14 +78,24 @@ class TorchBackend(Backend):
         import torch_moe
 
         self.house, self.meshes = torch_moe, {}
-        return {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
+        versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
+        if self.gpu:
+            versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        return versions
+
+    def release(self) -> bool:
+        import torch
+
+        if self.gpu:
+            torch.cuda.empty_cache()
+        return False
 
     def run(
         self, case: Case, arrays: Mapping[str, ArrayRef], lessons: Mapping[str, ArrayRef] | None = None
     ) -> dict[int, RankResult]:
         import torch
 
-        device = torch.device("cuda", self.rank) if self.gpu else torch.device("cpu")
+        device = self.device
         layer = self._layer(case, arrays, device)
         blocks = token_blocks(case, arrays)
         block = block_of_rank(case, self.rank)
