@@ -80,7 +80,9 @@ class TorchBackend(Backend):
         self.house, self.meshes = torch_moe, {}
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
         if self.gpu:
-            versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+            # submodules that PyTorch's types leave out
+            number = torch.cuda.nccl.version()  # type: ignore[attr-defined]
+            versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, number))}
         return versions
 
     def release(self) -> bool:
