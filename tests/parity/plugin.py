@@ -16,7 +16,7 @@ from parity.backends.base import Backend
 from parity.oracle import reference
 from tests.parity.simulated import simulate
 
-RAISES, HANGS, KILLED, STOPPED, NO_SPACE, EXITS, PEER_COMPLAINS, WRONG, WAITS = range(901, 910)
+RAISES, HANGS, KILLED, STOPPED, NO_SPACE, EXITS, PEER_COMPLAINS, WRONG, WAITS, HOLDS = range(901, 911)
 NOTHING, SHORT, NOT_FINITE, NO_RANK, EVERY_RANK = range(921, 926)
 NO_ANSWER = {
     NOTHING: "run returned None, expected a mapping of rank to RankResult",
@@ -33,6 +33,7 @@ class FakeBackend(Backend):
 
     name = "fake"
     collective_frames = ("plugin_collective",)
+    seed = 0
 
     def setup(self, member):
         self.member = member
@@ -46,7 +47,11 @@ class FakeBackend(Backend):
             assert member.receive() == "here"
         return {"fake": "1.0", "pid": str(os.getpid())}
 
+    def release(self):
+        return self.seed == HOLDS and self.member.index == 1
+
     def run(self, case, arrays, lessons=None):
+        self.seed = case.flags.seed
         trouble(case.flags.seed, self.member.index)
         results = simulate(case, reference(case, arrays))
         if case.flags.seed == WRONG:

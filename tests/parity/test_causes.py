@@ -9,9 +9,7 @@ MESSAGES = {
     "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.": (
         "ran out of GPU memory"
     ),
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.18 GiB": (
-        "ran out of GPU memory"
-    ),
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.": ("ran out of GPU memory"),
     "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with "
     "NCCL_DEBUG=WARN for details), NCCL version 2.28.9 ncclInvalidUsage: This usually reflects invalid usage of NCCL "
     "library. Last error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 8000": "--nccl-library",

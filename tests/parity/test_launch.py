@@ -127,6 +127,26 @@ def test_a_pool_whose_rank_died_between_cases_is_started_anew(ask):
     assert ask(FINE + 1).workers[1].process.pid != victim.pid
 
 
+def test_a_pool_that_holds_too_much_memory_is_started_anew(ask, pools, backend):
+    spent = ask(trouble.HOLDS)
+    pids = [worker.process.pid for worker in spent.workers]
+    deadline = time.monotonic() + 10
+    while not spent.spent and time.monotonic() < deadline:
+        time.sleep(0.02)
+    # any case's search for a pool finds it, also one that needs another
+    pools.get(backend, Case.parse(case_id(FINE, dp=3)))
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert [worker.process.pid for worker in ask(FINE).workers] != pids
+
+
+def test_a_pool_that_finished_while_another_was_waited_for_is_not_late(backend, pools, cache, tmp_path):
+    case = Case.parse(case_id(FINE))
+    pool = pools.get(backend, case)
+    pool.submit(case, fixtures.build(case, cache), tmp_path)
+    time.sleep(3)
+    assert pool.collect(0.5) < 3
+
+
 def test_closing_leaves_no_process(ask, pools):
     pids = [worker.process.pid for worker in ask(FINE).workers]
     pools.close()

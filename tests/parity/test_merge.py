@@ -6,7 +6,6 @@ import pytest
 from rich.console import Console
 
 from parity import grids, merge, records
-from parity.case import Case
 from parity.records import Folder, Outcome, OutError
 
 SMOKE = grids.load("smoke")
@@ -84,5 +83,3 @@ def test_contradictions_and_empty_folders_are_refused(tmp_path):
         _merge([tmp_path / "nothing"], tmp_path / "out")
     with pytest.raises(OutError, match="one of the folders to join"):
         _merge([first], first)
-
-
