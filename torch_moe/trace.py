@@ -122,6 +122,7 @@ class Recorder(Tap):
                 plan.row_token >= 0, number_t.index_select(0, plan.row_token.clamp(min=0)), row_token_R
             )
         self._handle, self._row_token = handle, row_token_R
+        self._line = torch.where(row_token_R >= 0, row_token_R * self._config.top_k + plan.row_slot, -1)
 
     def by_token(self, stage: str, value: Tensor) -> Tensor:
         absent = self._config.num_experts if stage == "topk_ids" else 0
@@ -129,10 +130,8 @@ class Recorder(Tap):
         return self._hand_on(stage, value, self._index[: len(value)])
 
     def by_row(self, stage: str, value: Tensor) -> Tensor:
-        row_token, row_slot = self._row_token, self._handle.plan.row_slot
-        self._results[stage] = _pad(value, len(row_token), 0)
-        line = torch.where(row_token >= 0, row_token * self._config.top_k + row_slot, -1)
-        return self._hand_on(stage, value, line[: len(value)])
+        self._results[stage] = _pad(value, len(self._line), 0)
+        return self._hand_on(stage, value, self._line[: len(value)])
 
     def _hand_on(self, stage: str, value: Tensor, line: Tensor) -> Tensor:
         lesson = getattr(self._lessons, stage, None)

@@ -63,6 +63,16 @@ def _join(name: str, pieces: list[np.ndarray], config: jm.MoEConfig, parallel: j
     return whole
 
 
+def blank(config: jm.MoEConfig, tokens: int, on: bool) -> jm.Lessons:
+    """Lessons for every stage, all of them sevens (which is an expert, too)."""
+    lines = {name: tokens * (config.top_k if name in stages.BY_ROW else 1) for name in stages.widths(config)}
+    arrays = {
+        name: np.full((lines[name], width), 7, np.int32 if name == "topk_ids" else np.float32)
+        for name, width in stages.widths(config).items()
+    }
+    return jm.Lessons(on=np.array(on), **arrays)
+
+
 def lessons(dense: dict[str, np.ndarray], on: bool = True) -> jm.Lessons:
     """Dense results as lessons; for what nobody has, numbers that must not be read."""
     filled = {

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval as pe
+from jax.sharding import PartitionSpec as P
 
 import jax_moe as jm
 from jax_moe import stages
+from jax_moe.kernels import choice, hopper
 
 from . import lessons as taught
 from .layers import MODES, PLAIN, RICH, SHARED, num_shards, real_rows, sharded, tokens
@@ -70,6 +72,7 @@ class Case:
         x = tokens(len(real), 16, config.dtype)
         x[~real] = np.nan
         given, self.tokens, self.real = {"counts": counts}, int(counts.sum()), real
+        self.x, self.given = x, given
         if config.router.source == "ids":
             rng = np.random.default_rng(3)
             given["topk_ids"] = np.array([rng.permutation(8)[:3] for _ in real], np.int32)
@@ -80,12 +83,7 @@ class Case:
             return jm.moe(params, x, config=config, parallel=parallel, mesh=mesh, trace=True, lessons=lessons, **given)
 
         self._step = lambda lessons: step(x, given, lessons)
-        width = {"topk_ids": np.int32}
-        zeros = {}
-        for name, columns in stages.widths(config).items():
-            rows = self.tokens * (config.top_k if name in stages.BY_ROW else 1)
-            zeros[name] = np.full((rows, columns), 7, width.get(name, np.float32))
-        self.free = self.run(jm.Lessons(on=np.array(False), **zeros))
+        self.free = self.run(taught.blank(config, self.tokens, on=False))
         self.programs = step._cache_size
 
     def run(self, lessons):
@@ -155,8 +153,8 @@ def test_a_taught_choice_moves_the_rows(name):
     np.testing.assert_array_equal(after["topk_ids"], before["topk_ids"])
     # Over tp every rank has a part of each expert; over ep each has its own.
     np.testing.assert_array_equal(np.asarray(trace.group_sizes)[:8], np.bincount(ids.reshape(-1), minlength=8))
-    changed = (after["gate_up"] != before["gate_up"]).any(axis=1)
-    assert np.flatnonzero(changed).tolist() == [1]
+    # A row that changed its place may be multiplied in another block: its last bit may differ.
+    assert np.flatnonzero((np.abs(after["gate_up"] - before["gate_up"]) > 1e-4).any(axis=1)).tolist() == [1]
     np.testing.assert_allclose(after["combine"], before["combine"], rtol=1e-5, atol=1e-5)
 
 
@@ -176,6 +174,29 @@ def test_a_single_lesson_is_felt_by_all_later_stages_and_by_no_earlier_one():
         assert same == (field.name in ("latent_in", "dispatch", "shared")), field.name
     assert not np.array_equal(free, y)
     np.testing.assert_array_equal(before.topk_weights, after.topk_weights)
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2.tp2.ep"])
+def test_lessons_in_a_shard_map_of_ones_own_are_those_of_moe(name):
+    it = case(name)
+    config, parallel = CASES[name]
+    params, mesh = sharded(config, parallel)
+    rows = P(parallel.token_axes)
+    lessons, routing = it.lessons(), {key: rows for key in it.given if key != "counts"}
+
+    def body(params, x, given, counts, lessons):
+        return jm.moe_local(
+            params, x, config=config, parallel=parallel, counts=counts, trace=True, lessons=lessons, **given
+        )
+
+    specs = (jm.param_specs(config, parallel), rows, routing, P(), P())
+    each = rows, P(parallel.mesh_axes)
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=each))
+    y, trace = step(params, it.x, {key: it.given[key] for key in routing}, it.given["counts"], lessons)
+    expected, _ = it.run(lessons)
+    np.testing.assert_allclose(y[it.real], expected["y"], rtol=1e-6, atol=1e-6)
+    for stage, values in taught.together(trace, config, parallel, it.tokens).items():
+        np.testing.assert_allclose(values, expected[stage], rtol=1e-6, atol=1e-6, err_msg=stage)
 
 
 def equations(jaxpr):
@@ -206,7 +227,8 @@ def test_a_layer_shows_just_the_stages_it_has():
     def shown(config):
         parallel = MODES["one rank"]
         params, mesh = sharded(config, parallel)
-        _, trace = jm.moe(params, tokens(2, 16), config=config, parallel=parallel, mesh=mesh, trace=True)
+        layer = functools.partial(jm.moe, config=config, parallel=parallel, mesh=mesh, trace=True)
+        _, trace = jax.eval_shape(layer, params, tokens(2, 16))
         return {field.name for field in dataclasses.fields(jm.Stages) if getattr(trace.stages, field.name) is not None}
 
     routed = {"dispatch", "gate_up", "activation", "down", "combine"}
@@ -225,3 +247,26 @@ def test_lessons_that_do_not_fit_are_refused():
     short = jm.Lessons(on=True, combine=np.zeros((2, 16)), gate_up=np.zeros((5, 16)))
     with pytest.raises(ValueError, match=r"lessons\.\w+ has shape .* tokens"):
         layer(trace=True, lessons=short)
+
+
+def test_on_a_hopper_gpu_the_first_product_is_not_to_be_seen_and_all_else_is(monkeypatch):
+    monkeypatch.setattr(choice, "runs_on_hopper", lambda: True)
+    # Triton kernels move rows and choose experts; from 0.11 on JAX lowers them where there is a GPU alone.
+    monkeypatch.setattr(hopper, "no_triton", lambda: "left out")
+    config = jm.MoEConfig(num_experts=8, top_k=3, hidden_size=64, intermediate_size=64, num_shared_experts=1)
+    parallel = jm.ParallelConfig(dp=2, expert_parallel=True, transport="padded")
+    params, mesh = sharded(config, parallel)
+    specs = (jm.param_specs(config, parallel), P("dp"), P())
+
+    def run(params, x, lessons):
+        return jm.moe_local(params, x, config=config, parallel=parallel, trace=True, lessons=lessons)
+
+    step = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("dp"), check_vma=False)
+    traced = jax.jit(step).trace(params, tokens(2, 64, "bfloat16"), taught.blank(config, 2, on=True))
+    _, trace = traced.out_info
+    assert trace.stages.gate_up is None
+    shown = {field.name for field in dataclasses.fields(jm.Stages) if getattr(trace.stages, field.name) is not None}
+    assert shown == {"dispatch", "activation", "down", "combine", "shared"}
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "moe_gate_up" in program
+    assert "moe_grouped_matmul" in program
