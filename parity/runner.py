@@ -71,12 +71,13 @@ class Session:
     _lessons_written: int = 0
     _failed_starts: int = 0
 
-    def outcome(self, case: Case, then: Case | None = None) -> Outcome:
+    def outcome(self, case: Case, then: Case | None = None, planted: tuple[str, str] | None = None) -> Outcome:
         """Run and judge one case. A rank's trouble is the case's error, never the run's.
 
         Args:
           case: which.
           then: the next one, if it is known: the oracle gets to it while the frameworks are busy with this one.
+          planted: a bug (`parity.mutations`) and the framework to plant it in.
 
         Raises:
           InfrastructureError: no case can run.
@@ -88,7 +89,7 @@ class Session:
             taking = [backend for backend in self.backends if backend.name not in skipped]
             if not taking:
                 return Outcome(case=str(case), verdict="skip", reason=_refusals(skipped), metrics={"skipped": skipped})
-            results, reference = self.execute(case, taking, then=then)
+            results, reference = self.execute(case, taking, *(planted or ()), then=then)
             judgement = self.harness.judge(case, reference, results)
         except RankError as error:
             metrics = {"ranks": error.ranks, "kind": error.kind, "log": str(error.log), "log_tail": error.tail}
@@ -111,9 +112,14 @@ class Session:
         )
 
     def execute(
-        self, case: Case, backends: Sequence[Backend], mutation: str | None = None, then: Case | None = None
+        self,
+        case: Case,
+        backends: Sequence[Backend],
+        mutation: str | None = None,
+        planted_in: str | None = None,
+        then: Case | None = None,
     ) -> tuple[dict[str, list[RankResult]], Any]:
-        """Run a case on some backends, with a bug planted in them or not; meanwhile ask the oracle.
+        """Run a case on some backends, with a bug planted in one, in all of them or in none; meanwhile ask the oracle.
 
         Where stages are compared the oracle comes first, since the frameworks need its lessons.
 
@@ -133,8 +139,9 @@ class Session:
             # All are up before any is asked, or one's start would count against the other's time.
             for index, (backend, pool, out) in enumerate(pools):
                 pools[index] = (backend, self._started(backend, pool, case), out)
-            for _, pool, out in pools:
-                pool.submit(case, arrays, out, mutation, lessons)
+            for backend, pool, out in pools:
+                bug = mutation if planted_in in (None, backend.name) else None
+                pool.submit(case, arrays, out, bug, lessons)
             reference = self._ask(case, arrays).reference
             self._look_ahead(reference, then)
             results = {}
@@ -228,7 +235,10 @@ def _refusals(skipped: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def session(
-    backends: Sequence[Backend], timeout: float, log_dir: Path | None = None, harness: Harness | None = None
+    backends: Sequence[Backend],
+    timeout: float,
+    log_dir: Path | None = None,
+    harness: Harness | None = None,
 ) -> Iterator[Session]:
     """A session; leaving it kills its workers and removes its scratch space."""
     with scratch_folder() as scratch, Pools(log_dir or scratch / "logs") as pools:

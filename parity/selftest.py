@@ -19,8 +19,12 @@ from parity.launch import RankError
 from parity.mutations import Mutation
 from parity.records import plain
 from parity.runner import Session, session
+from parity.verdict import GATES, Judgement
+from parity.verdict.tally import INFINITE
 
 PASSED, FAILED = 0, 1
+SHARP = 5.0
+"""How far over its bound a planted bug must be: one that is barely seen here would not be seen elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,14 @@ class Finding:
     framework: str
     case: str
     outcome: str
-    """"caught", "survived", "crashed"; without a bug "passed" or "failed"."""
+    """"caught", "survived", "crashed", "vague" (it fails, but not as the catalogue says); without a bug "passed" or
+    "failed"."""
     gates: tuple[str, ...]
     """The gates that failed, first the one a verdict names."""
+    stage: str
+    """The first stage that a failed gate names."""
+    margin: float | None
+    """How far off that stage is, over its bound; None without a bug."""
     reason: str
     seconds: float
 
@@ -55,23 +64,38 @@ def run(live: Session, catalog: Sequence[Mutation]) -> Iterator[Finding]:
         try:
             clean, reference = live.execute(case, live.backends)
         except RankError as error:
-            yield Finding("", "", text, "failed", (), error.reason, time.monotonic() - began)
+            yield Finding("", "", text, "failed", (), "", None, error.reason, time.monotonic() - began)
             continue
         judgement = live.harness.judge(case, reference, clean)
         outcome = "passed" if judgement.verdict == "pass" else "failed"
-        yield Finding("", "", text, outcome, (), judgement.reason, time.monotonic() - began)
+        yield Finding("", "", text, outcome, (), "", None, judgement.reason, time.monotonic() - began)
         for mutation in group:
             for backend in live.backends:
                 began = time.monotonic()
                 try:
                     results, _ = live.execute(case, [backend], mutation.name)
                 except RankError as error:
-                    outcome, gates, reason = "crashed", (), error.reason
+                    found = ("crashed", (), "", None, error.reason)
                 else:
-                    found = live.harness.judge(case, reference, {**clean, **results})
-                    gates = tuple(dict.fromkeys(gate.gate for gate in found.gates if not gate.passed))
-                    outcome, reason = "caught" if found.verdict == "fail" else "survived", found.reason
-                yield Finding(mutation.name, backend.name, text, outcome, gates, reason, time.monotonic() - began)
+                    found = _found(mutation, backend.name, live.harness.judge(case, reference, {**clean, **results}))
+                yield Finding(mutation.name, backend.name, text, *found, time.monotonic() - began)
+
+
+def _found(mutation: Mutation, framework: str, judgement: Judgement) -> tuple[str, tuple[str, ...], str, float, str]:
+    """What a verdict makes of a planted bug: outcome, gates, stage, margin, reason."""
+    failed = sorted((gate for gate in judgement.gates if not gate.passed), key=lambda gate: GATES.index(gate.gate))
+    gates = tuple(dict.fromkeys(gate.gate for gate in failed))
+    stage, margin = judgement.blamed(framework)
+    outcome, reason = "caught", judgement.reason
+    if not failed:
+        outcome = "survived"
+    elif missing := [gate for gate in mutation.gates if gate not in gates]:
+        outcome, reason = "vague", f"{', '.join(missing)} passed: {reason}"
+    elif stage != mutation.stage:
+        outcome, reason = "vague", f"{stage or 'no stage'} is named, it sits in {mutation.stage}: {reason}"
+    elif margin < SHARP:
+        outcome, reason = "vague", f"only {margin:.3g} times the bound, wanted {SHARP}: {reason}"
+    return outcome, gates, stage, margin, reason
 
 
 def main(
@@ -118,10 +142,16 @@ def main(
     return status
 
 
+def _margin(margin: float | None) -> str:
+    return "" if margin is None else "exact" if margin >= INFINITE else f"{margin:.3g}x"
+
+
 def table(catalog: Sequence[Mutation], findings: Sequence[Finding]) -> Table:
-    """Bug by framework: which gates caught it."""
+    """Bug by framework: the stage that was named, how far off it was, and which gates failed."""
     frameworks = list(dict.fromkeys(finding.framework for finding in findings if finding.mutation))
-    out = Table(title="planted bugs, and the gates that caught them", title_justify="left")
+    out = Table(
+        title="planted bugs: stage named, error over bound, failed gates", title_justify="left"
+    )
     out.add_column("bug")
     out.add_column("what it does")
     for framework in frameworks:
@@ -132,7 +162,9 @@ def table(catalog: Sequence[Mutation], findings: Sequence[Finding]) -> Table:
         for framework in frameworks:
             finding = by_key.get((mutation.name, framework))
             good = finding is not None and finding.good
-            text = "not run" if finding is None else ", ".join(finding.gates) if good else finding.outcome.upper()
+            text = "not run" if finding is None else finding.outcome.upper()
+            if finding is not None and good:
+                text = f"{finding.stage} {_margin(finding.margin)}, by {', '.join(finding.gates)}"
             row.append(f"[{'green' if good else 'red'}]{text}[/]")
         out.add_row(*row)
     return out

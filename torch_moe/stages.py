@@ -128,7 +128,9 @@ def check_lessons(lessons: Lessons, config: MoEConfig) -> None:
 
 
 def take(lesson: Tensor, line: Tensor) -> Tensor:
-    """The lines asked for, (n, ...), zeros where the number is negative."""
-    if lesson.shape[0] == 0:
+    """The lines asked for, (n, ...), zeros where there is no line of that number."""
+    lines = lesson.shape[0]
+    if lines == 0:
         return lesson.new_zeros(line.shape[0], *lesson.shape[1:])
-    return lesson.index_select(0, line.clamp(min=0)).masked_fill_((line < 0)[:, None], 0)
+    absent = (line < 0) | (line >= lines)
+    return lesson.index_select(0, line.clamp(0, lines - 1)).masked_fill_(absent[:, None], 0)

@@ -116,6 +116,43 @@ def swapped_experts():
     return [(experts, "gate_up", gate_up), (experts, "down", down)]
 
 
+def rows_shifted():
+    original = allgather.dispatch
+
+    def dispatch(*args, **options):
+        rows_RW, handle = original(*args, **options)
+        return jnp.roll(rows_RW, 1, axis=0), handle
+
+    return [(allgather, "dispatch", dispatch)]
+
+
+def bias_skipped():
+    original = experts.gate_up
+
+    def gate_up(rows_RW, params, group_sizes_e, **options):
+        return original(rows_RW, dataclasses.replace(params, gate_up_bias=None), group_sizes_e, **options)
+
+    return [(experts, "gate_up", gate_up)]
+
+
+def _on_latent(change):
+    """Run the routed experts with other projections of the latent: `change(latent)`."""
+    original = layer._routed_experts
+
+    def routed_experts(params, *args, **options):
+        return original(dataclasses.replace(params, latent=change(params.latent)), *args, **options)
+
+    return [(layer, "_routed_experts", routed_experts)]
+
+
+def latent_in_short():
+    return _on_latent(lambda latent: dataclasses.replace(latent, down=latent.down.at[-1].set(0)))
+
+
+def latent_out_short():
+    return _on_latent(lambda latent: dataclasses.replace(latent, up=latent.up.at[:, -1].set(0)))
+
+
 def double_reduction():
     original = layer.reduce_partial
 
@@ -186,6 +223,16 @@ def bf16_accumulation():
     return [(experts, "down", down)]
 
 
+def floor_for_round():
+    original = experts.activate
+
+    def activate(gate_up_RM, activation):
+        bits = jax.lax.bitcast_convert_type(original(gate_up_RM, activation), jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+
+    return [(experts, "activate", activate)]
+
+
 def router_in_bf16():
     original = router.compute_logits
     return [(router, "compute_logits", lambda x, gate: original(x, gate).astype(jnp.bfloat16).astype(jnp.float32))]
@@ -229,16 +276,21 @@ BUGS = {
         dropped_expert,
         lost_rank,
         swapped_experts,
+        rows_shifted,
         double_reduction,
         reduction_skipped,
         renorm_skipped,
         gate_up_swapped,
+        bias_skipped,
+        latent_in_short,
+        latent_out_short,
         sp_trimmed,
         shared_times_n,
         nan_padding,
         stale_padding,
         padding_routed,
         bf16_accumulation,
+        floor_for_round,
         router_in_bf16,
         bias_weighs,
         group_by_best,

@@ -103,6 +103,47 @@ def swapped_experts():
     return [(experts, "gate_up", gate_up), (experts, "down", down)]
 
 
+def rows_shifted():
+    original = allgather.dispatch
+
+    def dispatch(*args, **options):
+        rows, handle = original(*args, **options)
+        return {name: values.roll(1, dims=0) for name, values in rows.items()}, handle
+
+    return [(allgather, "dispatch", dispatch)]
+
+
+def bias_skipped():
+    original = experts.gate_up
+    return [(experts, "gate_up", lambda *args, bias_eM=None, **options: original(*args, bias_eM=None, **options))]
+
+
+def _on_latent(change):
+    """Run the routed experts with a parameter of the latent changed in place: `change(latent)`, then put back."""
+    original = layer.MoE._routed_branch
+
+    def routed_branch(self, *args, **options):
+        before = {name: value.clone() for name, value in self.latent.named_parameters()}
+        with torch.no_grad():
+            change(self.latent)
+        try:
+            return original(self, *args, **options)
+        finally:
+            with torch.no_grad():
+                for name, value in self.latent.named_parameters():
+                    value.copy_(before[name])
+
+    return [(layer.MoE, "_routed_branch", routed_branch)]
+
+
+def latent_in_short():
+    return _on_latent(lambda latent: latent.down[-1].zero_())
+
+
+def latent_out_short():
+    return _on_latent(lambda latent: latent.up[:, -1].zero_())
+
+
 def double_reduction():
     original = layer.reduce_partial
 
@@ -158,6 +199,15 @@ def bf16_accumulation():
     return [(experts, "down", down)]
 
 
+def floor_for_round():
+    original = experts.activate
+
+    def activate(gate_up_RM, **options):
+        return (original(gate_up_RM, **options).view(torch.int32) & -0x10000).view(torch.float32)
+
+    return [(experts, "activate", activate)]
+
+
 def router_in_bf16():
     original = router.compute_logits
     return [(router, "compute_logits", lambda x, gate: original(x, gate).bfloat16().float())]
@@ -201,16 +251,21 @@ BUGS = {
         dropped_expert,
         lost_rank,
         swapped_experts,
+        rows_shifted,
         double_reduction,
         reduction_skipped,
         renorm_skipped,
         gate_up_swapped,
+        bias_skipped,
+        latent_in_short,
+        latent_out_short,
         sp_trimmed,
         shared_times_n,
         nan_padding,
         stale_padding,
         padding_routed,
         bf16_accumulation,
+        floor_for_round,
         router_in_bf16,
         bias_weighs,
         group_by_best,

@@ -68,10 +68,10 @@ def down(h: Value, weights: Weights, model: ErrorModel) -> Value:
     """The second projection: (rows, F) to (rows, W). Its tp ranks' parts are parts of F."""
     y = product(h, weights.down, model)
     # Squares of independent parts add up to those of the terms, not to the square of the sum.
-    terms2 = (h.exact**2).astype(np.float32) @ (weights.down**2).T
-    tp = np.maximum(terms2 - y.exact**2, 0) * model.narrow
-    bias = weights.down_bias
-    return Value(y.exact if bias is None else y.exact + bias.astype(np.float64), y.variance, tp)
+    exact, parts2 = y.exact, (h.exact**2).astype(np.float32) @ (weights.down**2).T
+    if weights.down_bias is not None:  # one of the parts has it, before that is rounded
+        exact, parts2 = exact + weights.down_bias.astype(np.float64), parts2 + weights.down_bias**2
+    return Value(exact, y.variance, model.narrow * np.maximum(parts2 - exact**2, 0))
 
 
 def shared_expert(x: Value, arrays: Mapping[str, ArrayRef], case: Case, model: ErrorModel) -> Value:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from parity.case import Case
 from parity.oracle import Reference
 from parity.results import RankResult
+from parity.stages import NAMES
 from parity.tolerance import SENSITIVITY, ErrorModel
 from parity.verdict.gate import GATES, Gate
+from parity.verdict.layout import assemble
 from parity.verdict.numbers import Side, between, compare, nontrivial, numbers, output, routing, sensitive
 from parity.verdict.stages import stages
-from parity.verdict.structure import not_checked, structure
+from parity.verdict.structure import not_checked, structure, whole
+from parity.verdict.tally import INFINITE
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,20 @@ class Judgement:
     reason: str
     gates: list[Gate]
     metrics: dict = field(default_factory=dict)
+
+    def blamed(self, framework: str) -> tuple[str, float]:
+        """The first stage that a failed gate of a framework names, and how far off it is over its bound.
+
+        Returns:
+          The stage ("" where none is named) and the largest margin of the gates that name it; INFINITE where one of
+          them allows nothing, so that it has no margin.
+        """
+        failed = [gate for gate in self.gates if not gate.passed and gate.framework == framework and gate.stage]
+        if not failed:
+            return "", 0.0
+        stage = min((gate.stage for gate in failed), key=NAMES.index)
+        margins = [INFINITE if gate.margin is None else gate.margin for gate in failed if gate.stage == stage]
+        return stage, min(max(margins), INFINITE)
 
 
 def judge(case: Case, reference: Reference, results: Mapping[str, Sequence[RankResult]]) -> Judgement:
@@ -42,11 +59,17 @@ def judge(case: Case, reference: Reference, results: Mapping[str, Sequence[RankR
         found = structure(case, reference, name, ranks)
         gates += found
         if not all(gate.passed for gate in found if gate.gate == "sane"):
-            continue  # numbers of the wrong shape or kind cannot be compared
+            # numbers of the wrong shape or kind cannot be compared, but if only y is, the stages before it can
+            if (decisions := whole(case, ranks)) is not None:
+                chosen = assemble(case, decisions, "topk_ids")
+                more, table = stages(case, reference, reference, chosen, name, ranks)
+                gates += more
+                metrics["frameworks"][name] = {"stages": table}
+            continue
         side = Side.of(case, reference, ranks, model)
         sides[name] = side
         gates += routing(case, side, name, model) + output(case, side, name, model)
-        found, table = stages(case, side, reference, name, ranks)
+        found, table = stages(case, reference, side.reference, side.ids, name, ranks)
         gates += found
         metrics["frameworks"][name] = numbers(case, side, model) | {"not_checked": not_checked(reference, ranks)}
         metrics["frameworks"][name]["stages"] = table

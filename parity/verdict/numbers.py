@@ -103,7 +103,7 @@ def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
             margin = np.where(side.logits == reference.logits.astype(np.float32), 0.0, np.inf)
         token, expert = np.unravel_index(np.argmax(margin), margin.shape)
         detail = f"logit of token {token} for expert {expert} is {side.logits[token, expert]:.7g}, expected {reference.logits[token, expert]:.7g}"  # noqa: E501
-        gates.append(graded("router", name, float(margin[token, expert]), detail))
+        gates.append(graded("router", name, float(margin[token, expert]), detail, "logits"))
     if side.weights is None:
         return gates
     mine, theirs = np.argsort(side.ids, axis=1), np.argsort(reference.ids, axis=1)
@@ -115,7 +115,7 @@ def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
     expert = reference.ids[token][theirs[token][slot]]
     got = side.weights[token][mine[token][slot]]
     detail = f"weight of token {token} for expert {expert} is {got:.7g}, expected {expected[token, slot]:.7g}"
-    gates.append(graded("router", name, float(margin[token, slot]), detail))
+    gates.append(graded("router", name, float(margin[token, slot]), detail, "choice"))
     return gates
 
 

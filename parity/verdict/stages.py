@@ -21,7 +21,7 @@ from parity.tolerance import SIGMAS, SLACK, STAGE_ERRORS, ErrorModel, over
 from parity.verdict.blocks import Block, Misshapen, Places, blocks, places, splits_width
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import expert_ranks, listed, place
-from parity.verdict.numbers import Side, freedom
+from parity.verdict.numbers import freedom
 from parity.verdict.structure import exempt, shown
 from parity.verdict.tally import INFINITE, ROWS_AT_A_TIME, Expected, Tally, Worst
 
@@ -40,13 +40,16 @@ class Found:
     observed_over_model: float | None
 
 
-def stages(case: Case, side: Side, own: Reference, name: str, ranks: Sequence[RankResult]) -> tuple[list[Gate], list]:
+def stages(
+    case: Case, own: Reference, free: Reference, ids: np.ndarray, name: str, ranks: Sequence[RankResult]
+) -> tuple[list[Gate], list]:
     """Judge a framework's stages.
 
     Args:
       case: what was run.
-      side: the framework's free run, with the oracle's answer for its choice of experts.
       own: the oracle's answer for its own choice, which it taught.
+      free: its answer for the framework's choice, where that is within rounding; else its own again.
+      ids: (T, K) the framework's choice.
       name: the framework's.
       ranks: its results.
 
@@ -59,7 +62,7 @@ def stages(case: Case, side: Side, own: Reference, name: str, ranks: Sequence[Ra
     if decisions is None or not own.stages or not any(result.stages or result.taught for result in ranks):
         return [], []
     here = [_places(decision) for decision in decisions]
-    free = [
+    shows = [
         {**_decided(decision), "y": result.y, **result.stages}
         for decision, result in zip(decisions, ranks, strict=True)
     ]
@@ -70,28 +73,28 @@ def stages(case: Case, side: Side, own: Reference, name: str, ranks: Sequence[Ra
     for stage in STAGES:
         if not _has(case, stage.name):
             continue
-        one = _judged(case, stage, side.reference, free, here, model, side.ids, False)
+        one = _judged(case, stage, free, shows, here, model, ids, False)
         two = None
         if teaches and own.taught is not None:
             skips = frozenset({"gate_up"} if stage.name == "activation" and "gate_up" not in taught[0] else ())
             two = _judged(case, stage, own.taught(skips), taught, there, model, own.ids, True)
         if two is not None:
-            gates.append(graded("stages", name, two.margin, _detail(case, side, stage, two), stage.name))
+            gates.append(graded("stages", name, two.margin, _detail(case, ids, stage, two), stage.name))
         state = "ok"
         if two is not None and two.margin > 1:
             state = "born"
         elif one is not None and one.margin > 1:
             state = "came in" if two is not None or earlier else "born"
         earlier |= state != "ok"
-        shows = two if two is not None and (state != "came in" or one is None) else one
+        telling = two if two is not None and (state != "came in" or one is None) else one
         table.append({
             "stage": stage.name,
             "title": stage.title,
             "free": None if one is None else one.margin,
             "taught": None if two is None else two.margin,
-            "observed_over_model": None if shows is None else shows.observed_over_model,
+            "observed_over_model": None if telling is None else telling.observed_over_model,
             "state": state,
-            "worst": None if shows is None or shows.worst is None else _worst(case, side, shows.worst),
+            "worst": None if telling is None or telling.worst is None else _worst(ids, telling.worst),
         })  # fmt: skip
     return gates, table
 
@@ -240,8 +243,8 @@ def _choice(
     return Found(0.0 if best is None else best.margin, "", best, ratio)
 
 
-def _worst(case: Case, side: Side, worst: Worst) -> dict:
-    out = {"token": worst.token, "experts": side.ids[worst.token].tolist(), "rank": worst.rank,
+def _worst(ids: np.ndarray, worst: Worst) -> dict:
+    out = {"token": worst.token, "experts": ids[worst.token].tolist(), "rank": worst.rank,
            "column": worst.column, "value": worst.value, "expected": worst.expected}  # fmt: skip
     if worst.slot is not None:
         out["slot"] = worst.slot
@@ -250,12 +253,12 @@ def _worst(case: Case, side: Side, worst: Worst) -> dict:
     return out
 
 
-def _detail(case: Case, side: Side, stage: Stage, found: Found) -> str:
+def _detail(case: Case, ids: np.ndarray, stage: Stage, found: Found) -> str:
     """What a gate says of a stage."""
     if found.words or found.worst is None:
         return f"{stage.title}, taught: {found.words or 'nothing to compare'}"
     worst = found.worst
-    experts = side.ids[worst.token]
+    experts = ids[worst.token]
     held = f", on ranks {listed(expert_ranks(case, experts))}" if case.ep else ""
     row = "" if worst.expert is None else f" for expert {worst.expert}"
     column = "" if stage.name == "choice" else f", column {worst.column}"
