@@ -26,8 +26,8 @@ from parity.backends.gpu import why_no_gpu
 from parity.case import Case, CaseError
 from parity.launch import InfrastructureError
 from parity.records import Folder, Outcome, OutError, counts, exit_code, package_version
+from parity.runner import Harness, session
 from parity.runner import run as run_cases
-from parity.runner import session
 
 PASSED, FAILED, USAGE, BROKEN = 0, 1, 2, 3
 INTERRUPTED = 130
@@ -66,6 +66,9 @@ Timeout = Annotated[
 ]
 Repeat = Annotated[
     int, typer.Option("--repeat", metavar="N", min=2, help="Runs of a layer whose outputs must be equal bit for bit.")
+]
+Frameworks = Annotated[
+    str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
 ]
 JaxProcesses = Annotated[bool, typer.Option("--jax-processes", help="JAX as one process a rank.")]
 RanksPerGpu = Annotated[int, typer.Option("--ranks-per-gpu", min=1, metavar="N", help="N ranks share each GPU.")]
@@ -143,9 +146,8 @@ def run_command(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="The I-th of N parts of the cases; see 'merge'.")
     ] = None,
-    frameworks: Annotated[
-        str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
-    ] = None,
+    frameworks: Frameworks = None,
+    no_stages: Annotated[bool, typer.Option("--no-stages", help="Do not compare stage by stage.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")] = None,
 ) -> None:
@@ -165,7 +167,38 @@ def run_command(
             repeat=repeat,
         )
         chosen = _backends(frameworks, options)
-        raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit))
+        raise typer.Exit(_run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit, stages=not no_stages))
+
+
+@app.command("explain")
+def explain_command(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="A case id.")],
+    frameworks: Frameworks = None,
+    plant: Annotated[str | None, typer.Option("--plant", metavar="BUG", help="Plant a known bug first.")] = None,
+    planted_in: Annotated[
+        str | None, typer.Option("--in", metavar="NAME", help="The framework to plant it in.")
+    ] = None,
+    as_json: AsJson = False,
+    where: Platforms = Platform.cpu,
+    timeout: Timeout = 180.0,
+    jax_processes: JaxProcesses = False,
+    ranks_per_gpu: RanksPerGpu = 1,
+    nccl_library: NcclLibrary = None,
+) -> None:
+    """Run one case and show it stage by stage: what each makes of the oracle's inputs, and where an error is born."""
+    from parity import explain
+
+    with _messages():
+        parsed = Case.parse(case)
+        options = Options(
+            platform=where.value,
+            jax_processes=jax_processes,
+            ranks_per_gpu=ranks_per_gpu,
+            nccl_library=nccl_library,
+        )
+        chosen = _backends(frameworks, options)
+        planted = explain.check((plant, planted_in), chosen)
+        raise typer.Exit(explain.main(parsed, chosen, timeout, planted, as_json, _console(stderr=as_json)))
 
 
 def _chosen(ids: Sequence[str] | None, grid: str | None, match: str | None) -> list[Case]:
@@ -202,6 +235,7 @@ def _run(
     timeout: float,
     verbose: bool,
     junit: Path | None,
+    stages: bool,
 ) -> int:
     console, began = _console(), time.monotonic()
     if junit:
@@ -213,7 +247,7 @@ def _run(
             console.print(f"{earlier} of {len(cases)} cases are in {out} already")
         versions: dict[str, str] = {}
         try:
-            with _terminable(), session(chosen, timeout, out / "logs") as live:
+            with _terminable(), session(chosen, timeout, out / "logs", Harness.default(stages)) as live:
                 try:
                     with _progress(console, len(cases), earlier) as watch:
                         run_cases(cases, live, folder, fail_fast=fail_fast, watch=watch)

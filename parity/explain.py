@@ -15,6 +15,7 @@ from parity.case import Case
 from parity.grids import GridError
 from parity.records import Outcome, exit_code
 from parity.runner import session
+from parity.stages import NAMES
 from parity.verdict.layout import expert_ranks, listed, place
 from parity.verdict.tally import INFINITE
 
@@ -45,8 +46,8 @@ def main(
         outcome = live.outcome(case, planted=planted)
     if as_json:
         bug = {"bug": planted[0], "framework": planted[1]} if planted else None
-        explained = {name: blame(outcome, name) for name in _frameworks(outcome)}
-        say(json.dumps({**outcome.to_json(), "planted": bug, "explained": explained}, indent=2))
+        named = {name: named_stage(outcome, name) for name in _frameworks(outcome)}
+        say(json.dumps({**outcome.to_json(), "planted": bug, "named": named}, indent=2))
         return exit_code([outcome])
     console.print(f"{escape(str(case))}: {outcome.verdict}", highlight=False)
     if planted:
@@ -105,6 +106,14 @@ def blame(outcome: Outcome, name: str) -> dict | None:
     return next((dict(line) for line in _stages(outcome, name) if line["state"] != "ok"), None)
 
 
+def named_stage(outcome: Outcome, name: str) -> str | None:
+    """The stage a framework's error is found in: the first that is off, or that a failed gate is about."""
+    first = blame(outcome, name)
+    gates = [gate["stage"] for gate in outcome.metrics.get("failed_gates", ()) if gate["framework"] == name]
+    found = [stage for stage in [*gates, first and first["stage"]] if stage]
+    return min(found, key=NAMES.index, default=None)
+
+
 def words(case: Case, outcome: Outcome, name: str) -> list[str]:
     """What the table comes to, in sentences."""
     lines, first, stages = [], blame(outcome, name), _stages(outcome, name)
@@ -156,13 +165,21 @@ def table(name: str, stages: Sequence[Mapping]) -> Table:
         out.add_column(column, justify="right")
     out.add_column("")
     for line in stages:
-        ratio = line["observed_over_model"]
-        out.add_row(line["title"], _number(line["free"]), _number(line["taught"]), "" if ratio is None else f"{ratio:.2g}",
-                    f"[{COLOURS[line['state']]}]{line['state']}[/]")  # fmt: skip
+        ratio = "" if line["observed_over_model"] is None else f"{line['observed_over_model']:.2g}"
+        state = f"[{COLOURS[line['state']]}]{line['state']}[/]"
+        out.add_row(line["title"], _number(line["free"]), _number(line["taught"]), ratio, state)
     return out
 
 
 def _number(margin: float | None) -> str:
     if margin is None:
         return "not shown"
-    return "not exact" if margin >= INFINITE else "exact" if margin == 0 else f"{margin:.2f}" if margin < 100 else f"{margin:.1e}"
+    return (
+        "not exact"
+        if margin >= INFINITE
+        else "exact"
+        if margin == 0
+        else f"{margin:.2f}"
+        if margin < 100
+        else f"{margin:.1e}"
+    )

@@ -149,9 +149,7 @@ def _margin(margin: float | None) -> str:
 def table(catalog: Sequence[Mutation], findings: Sequence[Finding]) -> Table:
     """Bug by framework: the stage that was named, how far off it was, and which gates failed."""
     frameworks = list(dict.fromkeys(finding.framework for finding in findings if finding.mutation))
-    out = Table(
-        title="planted bugs: stage named, error over bound, failed gates", title_justify="left"
-    )
+    out = Table(title="planted bugs: stage named, error over bound, failed gates", title_justify="left")
     out.add_column("bug")
     out.add_column("what it does")
     for framework in frameworks:

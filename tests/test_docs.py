@@ -149,8 +149,8 @@ def test_every_flag_option_format_and_transport_is_described():
 def test_every_gate_planted_bug_and_built_in_grid_is_described():
     text, words = page("parity.md"), code_words(page("parity.md"))
     assert [row[0].strip("`") for row in table_rows(text, "gate")[1:]] == list(GATES)
-    bugs = {row[0].strip("`"): tuple(row[2].split(", ")) for row in table_rows(text, "bug")[1:]}
-    assert bugs == {mutation.name: mutation.gates for mutation in mutations.CATALOG}
+    bugs = {row[0].strip("`"): (row[2], tuple(row[3].split(", "))) for row in table_rows(text, "bug")[1:]}
+    assert bugs == {mutation.name: (mutation.stage, mutation.gates) for mutation in mutations.CATALOG}
     assert set(grids.BUILT_IN) | set(backends.DEFAULT) <= words
     assert f"`vllm` ({len(grids.load('vllm'))} cases)" in text
     assert f"`transports` ({len(grids.load('transports'))} cases" in text

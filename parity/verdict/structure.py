@@ -167,9 +167,7 @@ def _delivery_faults(case: Case, ids: np.ndarray, ranks: Sequence[Rows]) -> Faul
             )
 
 
-def _row_faults(
-    got: Rows, rank: int, ids: np.ndarray, delivery: Delivery, first: int, local: int
-) -> Faults:
+def _row_faults(got: Rows, rank: int, ids: np.ndarray, delivery: Delivery, first: int, local: int) -> Faults:
     """Rows must lie by expert, then in the order their tokens came, then by slot, and none past the last."""
     copy, slot = np.nonzero(delivery.live)
     expert = ids[delivery.tokens[copy], slot] - first
