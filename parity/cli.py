@@ -390,6 +390,65 @@ def selftest_command(
         raise typer.Exit(selftest.main(chosen, timeout, match, as_json, _console(stderr=as_json)))
 
 
+@app.command("bench")
+def bench_command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SHAPE]...", help="prefill_mixtral, mixtral, t64.d128.f96/e8.k2, a case id, ..."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N,N", help="Instead of the shapes' own.")] = None,
+    what: Annotated[str | None, typer.Option("--what", metavar="WHAT,WHAT", help="Kinds of work: layer, ...")] = None,
+    candidates: Annotated[str | None, typer.Option("--candidates", metavar="NAME,NAME", help="Default: all.")] = None,
+    where: Platforms = Platform.cpu,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Calls that the median is taken of.")] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Three calls; the shape 'tiny' where none is named.")] = False,
+    limit: Annotated[
+        float, typer.Option("--limit", callback=_positive, help="Seconds that one measurement may take.")
+    ] = 120.0,
+    budget: Annotated[
+        float, typer.Option("--budget", callback=_positive, help="Seconds after which none is begun.")
+    ] = float("inf"),
+    peers: Annotated[
+        list[Path] | None, typer.Option("--peers", metavar="DIR", help="Folder with candidates' modules; repeat it.")
+    ] = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option("--parallel", metavar="SPREAD", help="Over a mesh: dp4.tp1.ep/padded. Repeat it."),
+    ] = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", metavar="N,N", help="--parallel over these, scaled.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw time against tokens (SVG).")] = None,
+    log: Annotated[Path, typer.Option("--log", metavar="FILE", help="What the candidates print.")] = Path(
+        "parity-out/bench.log"
+    ),
+) -> None:
+    """Time layers and single operations of several implementations side by side, against what the device could do.
+
+    Exit status: 0, 1 if a timed result was wrong, 2 wrong usage, 3 if nothing could be timed.
+    """
+    from parity.bench import catalog, command, driver, shapes
+
+    with _messages():
+        if where is Platform.gpu and (reason := why_no_gpu()):
+            raise InfrastructureError(reason)
+        request = command.Request(
+            names=tuple(names or ()),
+            tokens=command.numbers(tokens, "--tokens"),
+            whats=command.words(what, shapes.WHATS, "--what"),
+            candidates=command.words(candidates, catalog.NAMES, "--candidates"),
+            parallel=tuple(parallel or ()),
+            ranks=command.numbers(ranks, "--ranks"),
+            quick=quick,
+            options=driver.Options(
+                platform=where.value, repeat=repeat, limit=limit, budget=budget, peers=tuple(peers or ())
+            ),
+            json=json_file,
+            plot=plot,
+            log=log,
+        )
+        raise typer.Exit(command.run(request, _console(), package_version(), _terminable))
+
+
 @contextlib.contextmanager
 def _messages() -> Iterator[None]:
     """Turn what is wrong with the usage, or with the machine, into one message and an exit status."""

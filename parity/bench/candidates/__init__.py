@@ -1,0 +1,1 @@
+"""What can be timed: one small module each, found by name."""

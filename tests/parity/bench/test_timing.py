@@ -1,0 +1,37 @@
+"""Times from a profile's events, and how many inputs rotate."""
+
+import pytest
+
+from parity.bench import timing
+
+
+def test_a_call_lasts_from_its_first_kernel_to_the_end_of_its_last():
+    events = [(100, 10), (0, 10), (115, 5), (15, 5)]
+    assert timing.spans(events, 2) == pytest.approx([20e-6, 20e-6])
+
+
+def test_a_kernel_that_runs_beside_another_and_ends_last_counts_to_its_end():
+    assert timing.spans([(0, 50), (10, 5)], 1) == pytest.approx([50e-6])
+
+
+def test_kernels_that_do_not_divide_over_the_calls_give_no_time():
+    assert timing.spans([(0, 1), (5, 1), (9, 1)], 2) is None
+    assert timing.spans([], 2) is None
+
+
+def test_little_work_rotates_over_many_inputs_and_much_over_few():
+    # one token of eight experts of 9.4 MB: four sets pass the cache by
+    assert timing.sets_of(75.5e6, cached=True) == 4
+    assert timing.sets_of(1e9, cached=True) == timing.LEAST_SETS
+    assert timing.sets_of(1e3, cached=True) == timing.MOST_SETS
+    assert timing.sets_of(1e3, cached=False) == timing.LEAST_SETS
+
+
+def test_the_median_and_the_spread_over_it():
+    assert timing.summary([3.0, 1.0, 2.0]) == (2.0, 1.0)
+
+
+def test_the_wall_clock_runs_long_enough_and_not_forever():
+    assert timing.calls_for(10.0, 3) == 5
+    assert timing.calls_for(1000.0, 3) == 3
+    assert timing.calls_for(1e-9, 3) == 200
