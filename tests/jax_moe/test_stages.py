@@ -25,7 +25,7 @@ NARROW = dataclasses.replace(RICH, dtype="bfloat16")
 CASES = {
     "one rank": (RICH, MODES["one rank"]),
     "tp2": (RICH, MODES["tp2"]),
-    "tp2, ids, weight on input, interleaved": (WEIGHT_IN, MODES["tp2"]),
+    "tp4, ids, weight on input, interleaved": (WEIGHT_IN, jm.ParallelConfig(tp=4)),
     "dp2.ep, bfloat16": (NARROW, MODES["dp2.ep"]),
     "dp2.tp2.ep": (RICH, MODES["dp2.tp2.ep"]),
     "dp2.tp2.ep.nosp": (SHARED, MODES["dp2.tp2.ep.nosp"]),
