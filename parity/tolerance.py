@@ -25,6 +25,8 @@ SIGMAS = 6.5
 """The same for one element: its errors are sums of many, so Gaussian, with 8e-11 beyond this."""
 SENSITIVITY = 1 / 3
 """A token's bound over its smallest expert's contribution must stay below this, or losing that expert could hide."""
+TENSOR_CORE_DEPTH = 8
+"""The fewest terms that a tensor core adds at once: 8 of TF32, 16 of bfloat16."""
 RANKS = 8
 """Parts that a sum over tp ranks may have: the oracle's answer is one for every mesh."""
 
@@ -130,6 +132,15 @@ class ErrorModel:
         """
         variance = self.f32 * (inputs2 * weights2 / 2 + out**2 * (depth / 3 + 1))
         return variance * self._rounding_share(inputs2 * weights2, out, depth) if self.narrow else variance
+
+    def truncation(self, depth: int) -> float:
+        """How far a product's float32 sums may lean towards zero on average, relative to the result.
+
+        Tensor cores cut off what a partial sum has no place for instead of rounding it: half a last place, u32 of the
+        sum, each time they add. They add 8 terms or more at once, so depth / 8 times, and once more at the end. Partial
+        sums are on average no larger than the result.
+        """
+        return UNIT_ROUNDOFF["f32"] * (depth / TENSOR_CORE_DEPTH + 1) if depth else 0.0
 
     def _rounding_share(self, product2: np.ndarray, out: np.ndarray, depth: int) -> np.ndarray:
         """Which share of the terms can make a float32 sum round: a bfloat16 product is exact, and too short to.

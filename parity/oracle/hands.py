@@ -47,13 +47,15 @@ class Hands:
         whole = self.kept.get(stage)
         if whole is None:
             shape = (self.case.total_tokens * self.case.top_k, value.exact.shape[1])
-            tp = None if value.tp is None else np.zeros(shape, np.float32)
-            whole = self.kept[stage] = Value(np.zeros(shape), np.zeros(shape, np.float32), tp)
+            tp, bias = (None if part is None else np.zeros(shape, np.float32) for part in (value.tp, value.bias))
+            whole = self.kept[stage] = Value(np.zeros(shape), np.zeros(shape, np.float32), tp, bias)
         whole.exact[at] = value.exact
         assert whole.variance is not None
         whole.variance[at] = value.before
         if whole.tp is not None:
             whole.tp[at] = value.tp
+        if whole.bias is not None:
+            whole.bias[at] = value.bias
 
 
 class TaughtHands(Hands):

@@ -60,7 +60,8 @@ class Reference:
 
     @property
     def nbytes(self) -> int:
-        arrays = [part for value in self.stages.values() for part in (value.exact, value.variance, value.tp)]
+        values = self.stages.values()
+        arrays = [part for value in values for part in (value.exact, value.variance, value.tp, value.bias)]
         return sum(array.nbytes for array in arrays if array is not None)
 
 

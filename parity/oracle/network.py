@@ -68,10 +68,11 @@ def down(h: Value, weights: Weights, model: ErrorModel) -> Value:
     """The second projection: (rows, F) to (rows, W). Its tp ranks' parts are parts of F."""
     y = product(h, weights.down, model)
     # Squares of independent parts add up to those of the terms, not to the square of the sum.
-    exact, parts2 = y.exact, (h.exact**2).astype(np.float32) @ (weights.down**2).T
-    if weights.down_bias is not None:  # one of the parts has it, before that is rounded
-        exact, parts2 = exact + weights.down_bias.astype(np.float64), parts2 + weights.down_bias**2
-    return Value(exact, y.variance, model.narrow * np.maximum(parts2 - exact**2, 0))
+    exact, parts2, bias = y.exact, (h.exact**2).astype(np.float32) @ (weights.down**2).T, weights.down_bias
+    if bias is not None:  # one of the parts has it, before that is rounded
+        exact, parts2 = exact + bias.astype(np.float64), parts2 + bias**2
+        bias = np.broadcast_to(bias, exact.shape)
+    return Value(exact, y.variance, model.narrow * np.maximum(parts2 - exact**2, 0), bias)
 
 
 def shared_expert(x: Value, arrays: Mapping[str, ArrayRef], case: Case, model: ErrorModel) -> Value:

@@ -21,9 +21,11 @@ class Value:
     """Of the shape of `exact`; None where nothing was off."""
     tp: np.ndarray | None = None
     """What is added when the result is a sum of parts, one of each tp rank, that are rounded each."""
+    bias: np.ndarray | None = None
+    """The part of `exact` that is added in float32, perhaps after the product was rounded; None where there is none."""
 
     def __getitem__(self, index: np.ndarray) -> Value:
-        rest = (None if part is None else part[index] for part in (self.variance, self.tp))
+        rest = (None if part is None else part[index] for part in (self.variance, self.tp, self.bias))
         return Value(self.exact[index], *rest)
 
     @property
@@ -31,9 +33,14 @@ class Value:
         """The variance, zeros where nothing was off."""
         return np.zeros_like(self.exact) if self.variance is None else self.variance
 
+    @property
+    def largest(self) -> np.ndarray:
+        """Of what may be rounded, the larger: the result, or the product that its bias is added to."""
+        return self.exact if self.bias is None else np.maximum(np.abs(self.exact), np.abs(self.exact - self.bias))
+
     def rounded(self, model: ErrorModel) -> Value:
         """The same result rounded to the case's dtype: one error more."""
-        return Value(self.exact, self.before + model.rounding(self.exact), self.tp)
+        return Value(self.exact, self.before + model.rounding(self.largest), self.tp)
 
 
 def load(array: np.ndarray) -> Value:
@@ -59,4 +66,6 @@ def product(rows: Value, weights: np.ndarray, model: ErrorModel, bias: np.ndarra
     if rows.variance is not None:
         variance = variance + rows.variance.astype(np.float32) @ squared.T
     tp = None if rows.tp is None else rows.tp @ squared.T
-    return Value(exact if bias is None else exact + bias.astype(np.float64), variance, tp)
+    if bias is None:
+        return Value(exact, variance, tp)
+    return Value(exact + bias.astype(np.float64), variance, tp, np.broadcast_to(bias, exact.shape))

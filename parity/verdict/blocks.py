@@ -5,11 +5,12 @@ n rows of a block, R rows of a rank's experts, t' tokens that a rank routes, C c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from parity.arrays import bits_of_float32, float32_of_bits
 from parity.case import Case
 from parity.verdict.layout import holdings
 
@@ -65,8 +66,22 @@ def on_grid(values: np.ndarray) -> bool:
     return not (bits & BFLOAT16_REST).any()
 
 
+def added_on_grid(values: np.ndarray, bias: np.ndarray) -> bool:
+    """Whether every value is a bfloat16 with a bias added to it in float32."""
+    product = float32_of_bits(bits_of_float32(values.astype(np.float64) - bias))
+    return bool(np.array_equal(product + bias.astype(np.float32), values.astype(np.float32)))
+
+
+BiasOf = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def blocks(
-    case: Case, stage: str, found: Sequence[Mapping[str, np.ndarray]], places: Sequence[Places], columns: int
+    case: Case,
+    stage: str,
+    found: Sequence[Mapping[str, np.ndarray]],
+    places: Sequence[Places],
+    columns: int,
+    bias_of: BiasOf | None = None,
 ) -> tuple[list[Block], bool]:
     """Every rank's rows of a stage, sums and slices over tp put together.
 
@@ -76,9 +91,11 @@ def blocks(
       found: each rank's arrays by stage; "y" for the last.
       places: what they are about.
       columns: C, of the whole result.
+      bias_of: (n, C) the biases in rows of these tokens and slots, for a stage that adds some.
 
     Returns:
-      The blocks, and whether each rank's own values were all bfloat16 before anything was added up.
+      The blocks, and whether each rank's own values were all bfloat16 before ranks' parts were added up; with biases,
+      whether they were before those were added, or after.
 
     Raises:
       Misshapen: a rank's array is missing or has another shape than its rows and the stage ask for.
@@ -89,9 +106,15 @@ def blocks(
     sliced = together and stage in ("gate_up", "activation")
     parts = [_rows(rank, stage, found[rank], places[rank], columns // case.tp if sliced else columns)
              for rank in range(case.world)]  # fmt: skip
-    grid = all(on_grid(part.got) for part in parts)
+
+    def rounded(block: Block) -> bool:
+        if on_grid(block.got) or bias_of is None or block.slot is None:
+            return on_grid(block.got)
+        return added_on_grid(block.got, bias_of(block.token, block.slot))
+
     if not together:
-        return parts, grid
+        return parts, all(map(rounded, parts))
+    grid = True if sliced else all(map(rounded, parts))
     out = []
     for first in range(0, case.world, case.tp):
         group = parts[first : first + case.tp]
@@ -101,7 +124,7 @@ def blocks(
         values = [part.got.astype(np.float64) for part in group]
         got = _joined(case, stage, values) if sliced else np.sum(values, axis=0)
         out.append(Block(got, group[0].token, group[0].slot, first))
-    return out, grid
+    return out, all(map(rounded, out)) if sliced else grid
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:

@@ -160,15 +160,21 @@ def _tallied(
     copies = stage.name == "dispatch" and not case.flags.weightin
     value = reference.stages["inputs" if copies else stage.name]
     columns = value.exact.shape[1]
-    laid, grid = blocks(case, stage.name, found, where, columns)
+    slot_of, seen = _slots(ids, reference.ids), np.zeros(reference.ids.shape, bool)
+
+    def bias_of(token: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        assert value.bias is not None
+        return value.bias[token * case.top_k + slot_of[token, slot]]
+
+    laid, grid = blocks(case, stage.name, found, where, columns, None if value.bias is None else bias_of)
     tally = Tally(
         model,
         columns if taught and stage.name not in MIXING else min(columns, freedom(case)),
         drifts=taught and stage.name not in MIXING,
+        truncation=model.truncation(_depth(case, stage.name)),
     )
     parts = splits_width(case) and value.tp is not None
     rounds = STAGE_ERRORS[stage.name].rounds != "no" and not copies and grid
-    slot_of, seen = _slots(ids, reference.ids), np.zeros(reference.ids.shape, bool)
     for whole in laid:
         for start in range(0, len(whole.token), ROWS_AT_A_TIME):
             block = _cut(whole, slice(start, start + ROWS_AT_A_TIME))
@@ -187,7 +193,7 @@ def _tallied(
             picked = value[index]
             before, own = picked.before, np.zeros_like(picked.exact)
             if rounds:
-                own = own + model.rounding(picked.exact)
+                own = own + model.rounding(picked.largest)
             if parts and picked.tp is not None and (rounds or stage.name != "down"):
                 before = before + picked.tp
             sharp = not (parts and stage.name == "down")
@@ -197,6 +203,12 @@ def _tallied(
         token, slot = np.argwhere(missing)[0]
         tally.lost = f"no rank has a row of token {token} for expert {reference.ids[token, slot]}"
     return tally
+
+
+def _depth(case: Case, stage: str) -> int:
+    """Terms of a stage's sums; 0 where it is no product."""
+    return {"logits": case.hidden, "latent_in": case.hidden, "gate_up": case.expert_width,
+            "down": case.intermediate}.get(stage, 0)  # fmt: skip
 
 
 def _cut(block: Block, rows) -> Block:

@@ -49,11 +49,13 @@ class Worst:
 @dataclass
 class Tally:
     """Adds up blocks of one stage. `freedom`: independent errors in a row; `drifts`: whether errors have no business
-    to lean one way, because each element has its own."""
+    to lean one way, because each element has its own; `truncation`: how far sums may lean all the same, relative to
+    their result (`ErrorModel.truncation`)."""
 
     model: ErrorModel
     freedom: int
     drifts: bool
+    truncation: float = 0.0
     worst: Worst | None = None
     lost: str = ""
     """Why some rows have nothing to be held to."""
@@ -61,6 +63,7 @@ class Tally:
     _ranks: dict[int, np.ndarray] = field(default_factory=dict)
     _total: np.ndarray = field(default_factory=lambda: np.zeros(3))
     _drift: float = 0.0
+    _size: float = 0.0
 
     def add(self, block: Block, expected: Expected, expert: np.ndarray | None, users: np.ndarray | None) -> None:
         """Take a block in.
@@ -101,12 +104,14 @@ class Tally:
         self._total = self._total + sums.sum(axis=0)
         with np.errstate(invalid="ignore"):
             self._drift += float((np.sign(expected.exact) * error).sum())
+        self._size += float(np.abs(expected.exact).sum())
 
     def _element_limit(self, expected: Expected) -> np.ndarray:
         statistical = expected.before if expected.sharp else expected.before + expected.own
         limit = SLACK * SIGMAS * self.model.unit * np.sqrt(statistical)
         if expected.sharp:
-            limit = limit + self.model.u * np.abs(expected.exact) * (expected.own > 0)
+            # the one rounding's size, in case a product was rounded before its bias
+            limit = limit + self.model.u * np.sqrt(expected.own) * (expected.own > 0)
         return limit
 
     @property
@@ -128,7 +133,7 @@ class Tally:
                 ratio = min(float(over(np.sqrt(np.asarray(error2)), limit)), INFINITE)
                 out.append((ratio, f"rows {what} {who} together are off by {ratio:.3g} times their bound"))
         if self.drifts and self._total[1] > 0:
-            limit = SLACK * SIGMAS * self.model.unit * np.sqrt(self._total[1])
+            limit = SLACK * SIGMAS * self.model.unit * np.sqrt(self._total[1]) + self.truncation * self._size
             drift = abs(self._drift) / limit
             ratio = min(float(drift), INFINITE) if np.isfinite(drift) else INFINITE
             way = "towards zero" if self._drift < 0 else "away from zero"

@@ -158,6 +158,66 @@ def test_what_is_kept_in_float32_is_held_to_float32(teacher):
     assert 0.2 < table(rounded)["gate_up"]["taught"] < 1
 
 
+BIASED = ["dp1.tp2/local/bf16/t24.d64.f64/e8.k2/expertbias", "dp2.tp1.ep/allgather/bf16/t9.d64.f64/e8.k2/expertbias"]
+
+
+@pytest.mark.parametrize("text", BIASED)
+@pytest.mark.parametrize("stage", ["gate_up", "down"])
+def test_a_product_may_be_rounded_before_its_bias_or_after_and_not_twice(teacher, text, stage):
+    _, _, reference = teacher(text)
+    own = reference.taught()
+
+    def rounding(times):
+        """Each rank's product rounded before the bias is added in float32; twice: once more, and further off."""
+
+        def change(case, ranks):
+            out = []
+            for rank, result in enumerate(ranks):
+                rows = result.decisions.rows
+                real = rows.row_token >= 0
+                found = []
+                for answer, values in ((reference, result.stages), (own, result.taught)):
+                    at = rows.row_token * case.top_k + rows.row_slot
+                    bias, whole = answer.stages[stage].bias[at], answer.stages[stage].exact[at] * real[:, None]
+                    values = dict(values)
+                    bias = bias * real[:, None]
+                    if case.tp > 1 and stage == "gate_up":
+                        half = values[stage].shape[1] // 2
+                        gate, up = np.split(bias, 2, axis=1)
+                        bias = np.hstack([part[:, rank * half : (rank + 1) * half] for part in (gate, up)])
+                    elif case.tp > 1:
+                        bias = bias * (rank == 0)
+                    whole = whole if case.tp == 1 else values[stage].astype(np.float64)
+                    product = _bf16(whole - bias) * np.float32(1 + (times - 1) * 2.0**-7)
+                    values[stage] = product + bias.astype(np.float32)
+                    found.append(values)
+                out.append(dataclasses.replace(result, stages=found[0], taught=found[1]))
+            return out
+
+        return change
+
+    once = judged(teacher, text, rounding(1))
+    assert once.verdict == "pass", once.reason
+    assert 0.2 < table(once)[stage]["taught"] < 1
+    assert table(judged(teacher, text, rounding(2)))[stage]["state"] == "born"
+
+
+def test_sums_that_a_tensor_core_cuts_off_may_lean_a_little(teacher):
+    def cut(last_places):
+        """Towards zero by some of a float32's last places."""
+
+        def lower(rank, values):
+            bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+            return (bits - np.where(values == 0, 0, last_places).astype(np.uint32)).view(np.float32)
+
+        return alter("gate_up", lower)
+
+    little = judged(teacher, "dp1.tp1/local/bf16/t64.d64.f64/e8.k2", cut(1))
+    assert little.verdict == "pass", little.reason
+    much = judged(teacher, "dp1.tp1/local/bf16/t64.d64.f64/e8.k2", cut(2**7))
+    assert table(much)["gate_up"]["state"] == "born"
+
+
 def _bf16(values):
     from parity.arrays import bits_of_float32
 
