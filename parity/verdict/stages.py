@@ -38,6 +38,8 @@ class Found:
     """What the margin is of, where it is of more than one row."""
     worst: Worst | None
     observed_over_model: float | None
+    predicted: float | None
+    """RMS error that the model expects, over the RMS value."""
 
 
 def stages(
@@ -55,8 +57,8 @@ def stages(
 
     Returns:
       A gate for each stage that was taught, and the table: for each stage that the case has a mapping with "stage",
-      "title", "free" and "taught" (margins, or None where the framework shows no such thing), "observed_over_model",
-      "state" ("ok", "born" or "came in") and "worst".
+      "title", "free" and "taught" (margins, or None where the framework shows no such thing), "observed_over_model" and
+      "predicted" (RMS error over RMS value, of the model), "state" ("ok", "born" or "came in") and "worst".
     """
     model, decisions = ErrorModel(case.format), shown(ranks)
     if decisions is None or not own.stages or not any(result.stages or result.taught for result in ranks):
@@ -93,6 +95,7 @@ def stages(
             "free": None if one is None else one.margin,
             "taught": None if two is None else two.margin,
             "observed_over_model": None if telling is None else telling.observed_over_model,
+            "predicted": None if telling is None else telling.predicted,
             "state": state,
             "worst": None if telling is None or telling.worst is None else _worst(ids, telling.worst),
         })  # fmt: skip
@@ -142,9 +145,9 @@ def _judged(
             return _choice(case, reference, found, where, model)
         tally = _tallied(case, stage, reference, found, where, model, ids, taught)
     except Misshapen as fault:
-        return Found(INFINITE, str(fault), None, None)
+        return Found(INFINITE, str(fault), None, None, None)
     margin, words = tally.findings()[0] if tally.findings() else (0.0, "")
-    return Found(margin, words, tally.worst, tally.observed_over_model)
+    return Found(margin, words, tally.worst, tally.observed_over_model, tally.predicted)
 
 
 def _tallied(
@@ -230,7 +233,7 @@ def _choice(
     model: ErrorModel,
 ) -> Found:
     """Experts as sets, but for those within rounding; weights by expert."""
-    scale, best, error2, expect2 = SLACK * SIGMAS * model.unit, None, 0.0, 0.0
+    scale, best, error2, expect2, size2 = SLACK * SIGMAS * model.unit, None, 0.0, 0.0, 0.0
     for rank, (each, place_) in enumerate(zip(found, where, strict=True)):
         real = place_.token >= 0
         token, ids, weights = place_.token[real], each["topk_ids"][real], each["topk_weights"][real].astype(np.float64)
@@ -247,12 +250,14 @@ def _choice(
             margin[row] = 0.0 if within else np.where(np.isin(ids[row], theirs[row]), 0.0, INFINITE)
             got[row], expected[row] = (expected[row], expected[row]) if within else (got[row], 0.0)
         error2, expect2 = error2 + float(((got - expected) ** 2).sum()), expect2 + float(variance.sum())
+        size2 += float((expected**2).sum())
         if margin.size and (best is None or margin.max() > best.margin):
             row, slot = np.unravel_index(int(margin.argmax()), margin.shape)
             best = Worst(float(margin[row, slot]), int(token[row]), int(slot), int(ids[row, slot]), rank, 0,
                          float(got[row, slot]), float(expected[row, slot]))  # fmt: skip
     ratio = float(np.sqrt(error2 / expect2) / model.unit) if expect2 > 0 and np.isfinite(error2) else None
-    return Found(0.0 if best is None else best.margin, "", best, ratio)
+    predicted = model.unit * float(np.sqrt(expect2 / size2)) if expect2 > 0 else None
+    return Found(0.0 if best is None else best.margin, "", best, ratio, predicted)
 
 
 def _worst(ids: np.ndarray, worst: Worst) -> dict:

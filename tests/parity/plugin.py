@@ -7,16 +7,19 @@ import dataclasses
 import errno
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from parity.backends.base import Backend
-from parity.oracle import reference
+from parity.oracle import reference, teach
 from tests.parity.simulated import simulate
 
 RAISES, HANGS, KILLED, STOPPED, NO_SPACE, EXITS, PEER_COMPLAINS, WRONG, WAITS, HOLDS = range(901, 911)
+SHOWS_STAGES = 911
 NOTHING, SHORT, NOT_FINITE, NO_RANK, EVERY_RANK = range(921, 926)
 NO_ANSWER = {
     NOTHING: "run returned None, expected a mapping of rank to RankResult",
@@ -53,7 +56,11 @@ class FakeBackend(Backend):
     def run(self, case, arrays, lessons=None):
         self.seed = case.flags.seed
         trouble(case.flags.seed, self.member.index)
-        results = simulate(case, reference(case, arrays))
+        if lessons is not None and case.flags.seed == SHOWS_STAGES:
+            with tempfile.TemporaryDirectory() as folder:
+                results = simulate(case, teach(case, arrays, Path(folder))[0])
+        else:
+            results = simulate(case, reference(case, arrays))
         if case.flags.seed == WRONG:
             results[0].y[0] *= 1.1
         if self.member.index == 1 and case.flags.seed in NO_ANSWER:

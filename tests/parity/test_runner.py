@@ -293,6 +293,61 @@ def test_the_oracle_is_asked_once_for_cases_that_share_its_answer(live):
     assert len(asked) == 1
 
 
+# Stages: the oracle goes first, and looks ahead.
+@dataclass
+class Teacher:
+    """Counts what the oracle is asked, and can fail."""
+
+    asked: list = field(default_factory=list)
+    fails: str = ""
+
+    def teach(self, case, arrays, folder):
+        self.asked.append(str(case))
+        if str(case) == self.fails:
+            raise ZeroDivisionError("by zero")
+        return oracle.teach(case, arrays, folder)
+
+
+@pytest.fixture
+def teaching(plugin, tmp_path):
+    teacher = Teacher()
+    harness = Harness(fixtures.build, oracle.reference, verdict.judge, teacher.teach)
+    with session([backends.load("fake", Options())], 30.0, tmp_path / "logs", harness) as living:
+        yield living, teacher
+
+
+def test_lessons_reach_the_frameworks_and_their_stages_are_judged(teaching):
+    live, _ = teaching
+    outcome = live.outcome(Case.parse(case_id(trouble.SHOWS_STAGES)))
+    assert outcome.verdict == "pass", outcome.reason
+    stages = outcome.metrics["frameworks"]["fake"]["stages"]
+    assert "down" in [line["stage"] for line in stages]
+    assert all(line["taught"] < 1 for line in stages)
+
+
+def test_the_oracle_gets_to_the_next_case_while_frameworks_are_busy(teaching):
+    live, teacher = teaching
+    assert live.outcome(FINE[0], FINE[1]).verdict == "pass"
+    assert teacher.asked == [str(FINE[0]), str(FINE[1])]
+    assert live.outcome(FINE[1]).verdict == "pass"
+    assert len(teacher.asked) == 2
+
+
+def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(teaching):
+    live, teacher = teaching
+    teacher.fails = str(FINE[1])
+    assert live.outcome(FINE[0], FINE[1]).verdict == "pass"
+    assert live.outcome(FINE[1]).reason == "the harness raised ZeroDivisionError: by zero"
+
+
+def test_lessons_of_answers_that_are_dropped_are_deleted(teaching, monkeypatch):
+    live, _ = teaching
+    monkeypatch.setattr(runner, "ANSWERS_BYTES", 0)
+    for case in FINE:
+        assert live.outcome(case).verdict == "pass"
+    assert len(list((live.scratch / "lessons").iterdir())) == 2
+
+
 def test_scratch_space_is_removed_with_what_killed_runs_left(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stale = tmp_path / f"{runner.SCRATCH_PREFIX}stale"

@@ -159,3 +159,84 @@ def rounded_layer(case, arrays, reference):
         part = network(x, "shared")
         y = y + (part * sigmoid(x @ get("shared.gate").T) if case.flags.sharedgate else part)
     return rounded(y)
+
+
+STAGED = "dp2.tp1.ep/allgather/bf16/t9-4.d32.f24/e8.k2"
+
+
+@pytest.mark.parametrize("flags", ["shared+gate+latent", "weightin+expertbias", "ids", "relu2+renorm"])
+def test_stages_follow_from_each_other(teacher, flags):
+    """Free: each stage from the one before. Taught: each from the lesson of the one before."""
+    from parity.oracle.activation import activate, split
+
+    case, arrays, free = teacher(f"{STAGED}/{flags}")
+    taught = free.taught()
+    get = lambda name: values(arrays[name]).astype(float)  # noqa: E731
+    lesson = lambda name: rounded(free.stages[name].exact)  # noqa: E731
+    k = case.top_k
+    expert = free.ids.reshape(-1)
+    token = np.repeat(np.arange(case.total_tokens), k)
+    copies = np.repeat(free.stages["inputs"].exact, k, axis=0)
+
+    for answer, read in ((free, lambda name: free.stages[name].exact), (taught, lesson)):
+        stages = {name: value.exact for name, value in answer.stages.items()}
+        rows = read("dispatch") if case.flags.weightin else copies if answer is free else rounded(copies)
+        bias1 = get("experts.gate_up_bias")[expert] if case.flags.expertbias else 0
+        bias2 = get("experts.down_bias")[expert] if case.flags.expertbias else 0
+        pre = np.einsum("rmw,rw->rm", get("experts.gate_up")[expert], rows) + bias1
+        np.testing.assert_allclose(stages["gate_up"], pre, rtol=1e-9, atol=1e-12)
+        halves = split(read("gate_up"), gated=case.gated, interleaved=case.flags.interleaved)
+        np.testing.assert_allclose(stages["activation"], activate(*halves, case.flags), rtol=1e-9, atol=1e-12)
+        y = np.einsum("rwf,rf->rw", get("experts.down")[expert], read("activation")) + bias2
+        np.testing.assert_allclose(stages["down"], y, rtol=1e-9, atol=1e-12)
+        weights = np.ones_like(free.weights) if case.flags.weightin else free.weights
+        total = np.zeros((case.total_tokens, case.expert_width))
+        np.add.at(total, token, weights.reshape(-1, 1) * read("down"))
+        np.testing.assert_allclose(stages["combine"], total, rtol=1e-6, atol=1e-6)  # taught weights are float32
+    if case.flags.latent:
+        routed = np.float32(free.stages["combine"].exact).astype(float) @ get("latent.up").T
+        np.testing.assert_allclose(taught.stages["latent_out"].exact, routed, rtol=1e-9, atol=1e-12)
+    assert np.array_equal(free.y, free.stages["reduce"].exact)
+
+
+def rounded(values):
+    from parity.arrays import bits_of_float32, float32_of_bits
+
+    return float32_of_bits(bits_of_float32(np.float32(values))).astype(float)
+
+
+def test_lessons_are_rounded_where_the_layer_rounds_and_float32_elsewhere(cache):
+    from parity import fixtures
+    from parity.case import Case
+    from parity.oracle import teach
+
+    case = Case.parse(f"{STAGED}/shared+gate+latent+seed2")
+    free, lessons = teach(case, fixtures.build(case, cache), cache.parent / "lessons-rounded")
+    dtypes = {name: ref.dtype for name, ref in lessons.items()}
+    narrow = {"latent_in", "dispatch", "gate_up", "activation", "down"}
+    assert {name for name, dtype in dtypes.items() if dtype == "bfloat16"} == narrow
+    assert dtypes.pop("topk_ids") == "int32"
+    assert set(dtypes) - narrow == {"logits", "topk_weights", "combine", "latent_out", "shared"}
+    assert lessons["gate_up"].shape == (case.total_tokens * case.top_k, 2 * case.intermediate)
+    np.testing.assert_array_equal(values(lessons["down"]), rounded(free.stages["down"].exact))
+    np.testing.assert_array_equal(values(lessons["combine"]), np.float32(free.stages["combine"].exact))
+    np.testing.assert_array_equal(
+        values(lessons["dispatch"]), np.repeat(values(lessons["latent_in"]), case.top_k, axis=0)
+    )
+
+
+def test_what_is_dropped_is_in_no_lesson_and_in_no_sum(teacher):
+    _, _, free = teacher("dp4.tp1.ep/padded/bf16/t9.d32.f24/e8.k2/hot+capacity0.5")
+    lost = np.flatnonzero(~free.kept.reshape(-1))
+    assert len(lost)
+    assert not free.stages["down"].exact[lost].any()
+    kept = (free.kept * free.weights)[..., None] * free.stages["down"].exact.reshape(*free.kept.shape, -1)
+    np.testing.assert_allclose(free.stages["combine"].exact, kept.sum(axis=1), rtol=1e-9, atol=1e-12)
+
+
+def test_a_taught_stage_has_its_own_error_alone(teacher):
+    _, _, free = teacher(f"{STAGED}/shared+gate+latent")
+    taught = free.taught()
+    for name in ("gate_up", "activation", "down", "combine"):
+        assert (taught.stages[name].before < free.stages[name].before + 1e-30).all(), name
+    assert taught.choice_variance.max() == 0 < taught.logit_variance.max()
