@@ -62,7 +62,7 @@ class Tally:
     _experts: dict[int, np.ndarray] = field(default_factory=dict)
     _ranks: dict[int, np.ndarray] = field(default_factory=dict)
     _total: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    _size: float = 0.0
+    _square: float = 0.0
     _drift: float = 0.0
     _size: float = 0.0
 
@@ -103,7 +103,7 @@ class Tally:
             self._experts[who] = self._experts.get(who, np.zeros(3)) + sums[rows].sum(axis=0)
         self._ranks[block.rank] = self._ranks.get(block.rank, np.zeros(3)) + sums.sum(axis=0)
         self._total = self._total + sums.sum(axis=0)
-        self._size += float((expected.exact**2).sum())
+        self._square += float((expected.exact**2).sum())
         with np.errstate(invalid="ignore"):
             self._drift += float((np.sign(expected.exact) * error).sum())
         self._size += float(np.abs(expected.exact).sum())
@@ -126,7 +126,7 @@ class Tally:
     def predicted(self) -> float | None:
         """The RMS error that is expected, over the RMS value; None where nothing is expected to be off."""
         expect2 = self._total[1]
-        return float(self.model.unit * np.sqrt(expect2 / self._size)) if expect2 > 0 and self._size > 0 else None
+        return float(self.model.unit * np.sqrt(expect2 / self._square)) if expect2 > 0 and self._square > 0 else None
 
     def findings(self) -> list[tuple[float, str]]:
         """Every margin with what it is of, the worst first."""
