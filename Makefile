@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 
-.PHONY: parity selftest test test-slow lint format venv docs clean
+.PHONY: parity selftest huggingface test test-slow lint format venv docs clean
 
 parity: venv  ## both frameworks on four-rank CPU meshes, judged (the smoke grid)
 	$(BIN)/parity run --out parity-out
 
 selftest: venv  ## plant bugs, and see each one caught
 	$(BIN)/parity selftest
+
+huggingface: $(VENV)/.dev  ## both frameworks and the MoE blocks of Hugging Face transformers
+	$(BIN)/parity run --grid huggingface --frameworks 'jax,torch,hf-*' --out parity-out/huggingface
 
 test: $(VENV)/.dev  ## the tests that CI runs
 	$(BIN)/python -m pytest -m "not slow"

@@ -347,7 +347,7 @@ _VALUED = {
     "maxrows": (r"maxrows(\d+)", lambda m: int(m[1])),
     "seed": (r"seed(\d+)", lambda m: int(m[1])),
 }
-_ABOUT_ARRAYS = ("mean", "hot", "seed")
+_ABOUT_ARRAYS = ("mean", "hot", "ties", "nearties", "seed")
 """Flags that decide what is in the arrays, and not what the layer does with them."""
 _OPTIONS = tuple(f.name for f in fields(Flags) if f.name not in ("activation", *_ABOUT_ARRAYS))
 _SWITCHES = tuple(f.name for f in fields(Flags) if f.type == "bool")

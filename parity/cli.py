@@ -57,7 +57,9 @@ def _positive(value: float) -> float:
 
 
 Cases = Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Case ids; 'parity list' shows some.")]
-Grid = Annotated[str | None, typer.Option("--grid", help="smoke (the default), vllm, transports, or a .toml file.")]
+Grid = Annotated[
+    str | None, typer.Option("--grid", help="smoke (the default), vllm, transports, huggingface, or a .toml file.")
+]
 Match = Annotated[str | None, typer.Option("-k", metavar="TEXT", help="Only cases whose id holds every word of TEXT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layers run.")]

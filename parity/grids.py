@@ -159,7 +159,26 @@ def _transports() -> list[Case]:
     return out
 
 
-BUILT_IN = {"smoke": _smoke, "vllm": _vllm, "transports": _transports}
+def _huggingface() -> list[Case]:
+    """What the MoE blocks of Hugging Face transformers can express: each block's options, on some meshes of ours."""
+    ids = [
+        # Mixtral and Qwen3
+        "dp1.tp1/local/f32/t13.d64.f48/e8.k2/gate+renorm",
+        "dp2.tp2.ep/allgather/f32/t13-6.d64.f48/e8.k2/gate+renorm",
+        "dp2.tp1/local/f32/t1-9.d64.f48/e8.k3/gate+renorm+gelu_tanh+mean",
+        "dp2.tp1.ep/padded/f32/t13-6.d64.f48/e8.k2/gate",
+        # DeepSeek-V3
+        "dp1.tp1/local/f32/t13.d64.f48/e16.k4/shared+gate+sigmoid+renorm+groups4-2+bias+scale2.5",
+        "dp2.tp2.ep/ragged/f32/t7-5.d64.f48/e16.k4/shared2+gate+sigmoid+renorm+groups8-4+bias+scale2.5",
+        "dp1.tp2/local/f32/t9.d64.f48/e8.k2/gate+sigmoid+bias+gelu",
+        # gpt-oss; a limit that is reached
+        "dp1.tp1/local/f32/t13.d64.f48/e8.k2/gate+renorm+swigluoai+interleaved+expertbias",
+        "dp2.tp2.ep/allgather/f32/t13-6.d64.f48/e8.k4/gate+renorm+swigluoai+interleaved+alpha1.5+limit0.5+expertbias",
+    ]
+    return [Case.parse(text) for text in ids]
+
+
+BUILT_IN = {"smoke": _smoke, "vllm": _vllm, "transports": _transports, "huggingface": _huggingface}
 
 
 def product(parts: Mapping[str, Sequence]) -> list[Case]:

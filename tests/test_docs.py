@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from parity import backends, delivery, grids, mutations, report, tolerance
+from parity.backends.base import Options
 from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
 from parity.verdict import GATES
 
@@ -144,6 +145,16 @@ def test_every_flag_option_format_and_transport_is_described():
     options = set(re.findall(r'"(--?[a-z][a-z-]*)"', source)) - {"-h", "--help"}
     assert options
     assert options <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text))
+
+
+def test_what_each_hugging_face_block_can_do_is_what_is_said():
+    rows = {row[0].strip("`"): row[1:] for row in table_rows(page("extending.md"), "framework")[1:]}
+    assert set(rows) == set(backends.chosen("hf-*"))
+    for name, (block, needed, possible) in rows.items():
+        backend = backends.load(name, Options())
+        assert block == f"`{backend.block_class}`"
+        needs, options = backend.capabilities.needs, backend.capabilities.options
+        assert (code_words(needed), code_words(possible)) == (set(needs), set(options - needs))
 
 
 def test_every_gate_planted_bug_and_built_in_grid_is_described():

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib
 from importlib.metadata import entry_points
 
 from parity.backends.base import Backend, Options
 
 GROUP = "parity.backends"
-BUILT_IN = {"jax": "parity.backends.jax:JaxBackend", "torch": "parity.backends.torch:TorchBackend"}
+BUILT_IN = {
+    "jax": "parity.backends.jax:JaxBackend",
+    "torch": "parity.backends.torch:TorchBackend",
+    "hf-mixtral": "parity.backends.huggingface:Mixtral",
+    "hf-qwen3": "parity.backends.huggingface:Qwen3",
+    "hf-deepseek-v3": "parity.backends.huggingface:DeepseekV3",
+    "hf-gpt-oss": "parity.backends.huggingface:GptOss",
+}
 DEFAULT = ("jax", "torch")
 
 
@@ -24,19 +32,22 @@ def available() -> dict[str, str]:
 
 
 def chosen(text: str | None) -> tuple[str, ...]:
-    """The names in a list with commas, each once; without one, the default.
+    """The names in a list with commas, each once; `hf-*` stands for all that begin so. Without a list, the default.
 
     Raises:
       BackendError: there is no such backend.
     """
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(","))) if text is not None else DEFAULT
-    known = available()
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+    if text is None:
+        return DEFAULT
+    known, names = available(), []
+    for word in map(str.strip, text.split(",")):
+        found = sorted(fnmatch.filter(known, word)) if "*" in word else [word] * (word in known)
+        if not found:
+            close = difflib.get_close_matches(word, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise BackendError(f"unknown framework {name!r}{hint}; allowed: {', '.join(sorted(known))}")
-    return names
+            raise BackendError(f"unknown framework {word!r}{hint}; allowed: {', '.join(sorted(known))}")
+        names += found
+    return tuple(dict.fromkeys(names))
 
 
 def load(name: str, options: Options) -> Backend:

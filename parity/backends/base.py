@@ -82,9 +82,9 @@ class Capabilities:
                 return f"it has no {what} {value!r}; it has {', '.join(known)}"
         unknown = sorted(case.options - self.options) if self.options is not None else []
         if unknown:
-            return f"it has no {' and no '.join(map(repr, unknown))}; it has {', '.join(sorted(self.options or ()))}"
+            return f"it has no {' and no '.join(map(repr, unknown))}"
         absent = sorted(self.needs - case.options)
-        return f"it always has {' and '.join(map(repr, absent))}, which the case has not" if absent else None
+        return f"it always has {' and '.join(map(repr, absent))}, and the case does not" if absent else None
 
 
 class Backend(ABC):

@@ -59,7 +59,7 @@ def notes(outcomes: Iterable[Outcome]) -> list[str]:
     lines = []
     for name, reasons in skipped.items():
         (reason, count), others = reasons.most_common(1)[0], len(reasons) - 1
-        more = f" ({count} times; {others} other reason{'s' * (others > 1)})" if others else ""
+        more = f" ({count} of them; {others} other reason{'s' * (others > 1)})" if others else ""
         lines.append(f"{name} skipped {reasons.total()} of {len(outcomes)} cases: {reason}{more}")
     return lines + [f"{name} was not checked for: {'; '.join(parts)}" for name, parts in unseen.items() if parts]
 

@@ -55,7 +55,7 @@ def test_transports_grid_has_every_transport_on_every_kind_of_mesh():
     assert {case.transport for case in cases if case.drops} == {"ragged", "padded"}
 
 
-@pytest.mark.parametrize("name", ["smoke", "vllm", "transports"])
+@pytest.mark.parametrize("name", ["smoke", "vllm", "transports", "huggingface"])
 def test_cases_that_share_expert_weights_and_the_oracles_answer_are_neighbours(name):
     cases = grids.load(name)
     for key in (grids._weights_key, lambda case: (grids._weights_key(case), case.logical_id)):

@@ -50,7 +50,7 @@ def test_the_printed_backend_passes_is_skipped_where_it_cannot_and_fails_when_it
     assert done.returncode == 0, done.stdout + done.stderr
     for case in WANTED:
         assert set(lines[case]["metrics"]["frameworks"]) == {"fake", "my_backend"}
-    reason = "it always has 'gate', which the case has not"
+    reason = "it always has 'gate', and the case does not"
     assert lines[refused]["reason"] == f"only fake took the case, held to the oracle alone; my_backend: {reason}"
     assert f"my_backend skipped 1 of 3 cases: {reason}" in done.stdout
     unseen = "experts and weights; router logits; rows, loads and drops; repeated run"
