@@ -89,7 +89,7 @@ class HuggingFace(Backend):
         getattr(block, self.router).register_forward_hook(lambda module, inputs, outputs: routed.append(outputs))
         x = tensors["x"][None]
         with torch.inference_mode():
-            y, again = (_output(block(x)) for _ in range(2))
+            y, *again = (_output(block(x)) for _ in range(self.options.repeat))
         logits, weights, ids = routed[0]
         return hand_out(
             case,
@@ -98,7 +98,7 @@ class HuggingFace(Backend):
             topk_ids=ids.numpy(),
             topk_weights=weights.float().numpy(),
             router_logits=logits.float().numpy(),
-            repeat_equal=torch.equal(y, again),
+            repeat_equal=all(torch.equal(y, other) for other in again) if again else None,
         )
 
     def block(self, case: Case, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
