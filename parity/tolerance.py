@@ -154,9 +154,14 @@ class ErrorModel:
         below = np.minimum(np.sqrt(depth + depth**2 * drift) / 128, 1.0)
         return np.minimum(2 / math.pi * below * (1 - np.euler_gamma + np.log(2 / below)), 1.0)
 
-    def activation(self, h: np.ndarray) -> np.ndarray:
-        """An activation evaluated in float32: an exponential or erf of a few float32 roundings, and two products."""
-        return 9 * self.f32 * h**2
+    def activation(self, h: np.ndarray, terms2: np.ndarray | float = 0.0) -> np.ndarray:
+        """An activation evaluated in float32: an exponential or erf of a few float32 roundings, and two products.
+
+        Args:
+          h: (rows, F) its exact result.
+          terms2: square of what `h` is the difference of, where it is one: those roundings are of its size.
+        """
+        return 9 * self.f32 * (h**2 + terms2)
 
     def weights(self, logit_variance: np.ndarray, below_max: np.ndarray) -> np.ndarray:
         """Relative variance of a router weight: the logit's error enters the exponent, whose argument is rounded too.

@@ -55,7 +55,9 @@ def activation(pre: Value, case: Case, model: ErrorModel) -> Value:
     layout = {"gated": case.gated, "interleaved": case.flags.interleaved}
     gate, up = split(pre.exact, **layout)
     h = activate(gate, up, case.flags)
-    variance = model.activation(h)
+    # 1 + erf and 1 + tanh cancel where the gate is negative
+    cancels = case.flags.activation in ("gelu", "gelu_tanh")
+    variance = model.activation(h, (gate / 2 * (1 if up is None else up)) ** 2 if cancels else 0.0)
     if pre.variance is not None:
         gate_variance, up_variance = split(pre.variance, **layout)
         variance = variance + gate_variance * ((activate(gate + STEP, up, case.flags) - h) / STEP) ** 2

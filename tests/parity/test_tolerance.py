@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 
+from parity.case import Case
+from parity.oracle.network import activation
+from parity.oracle.value import Value
 from parity.tolerance import RMS, ErrorModel, bound, element_bound, spread
 
 
@@ -67,3 +70,19 @@ def test_an_elements_bound_is_its_rounding_and_what_came_before():
 def test_a_bound_scales_with_the_error_it_bounds():
     model = ErrorModel("bf16")
     assert bound(np.array(4.0), 100, model) == pytest.approx(2 * bound(np.array(1.0), 100, model))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_a_gelu_of_a_negative_gate_errs_by_roundings_of_what_cancels_in_it(name):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    case = Case.parse(f"dp1.tp1/local/f32/t5.d8.f4096/e2.k1/{name}")
+    model = ErrorModel("f32")
+    gate = np.random.default_rng(0).uniform(-4, -2, (1, case.intermediate)).astype(np.float32)
+    pre = np.concatenate([gate, np.ones_like(gate)], axis=1).astype(np.float64)
+    value = activation(Value(pre), case, model)
+    how = "tanh" if name == "gelu_tanh" else "none"
+    found = torch.nn.functional.gelu(torch.from_numpy(gate), approximate=how).numpy()
+    observed = np.sqrt(np.mean((found - value.exact) ** 2))
+    assert 0.1 < observed / (model.unit * np.sqrt(np.mean(value.variance))) < 1.5
+    of_its_own_size = model.unit * np.sqrt(np.mean(model.activation(value.exact)))
+    assert observed > 3 * of_its_own_size
