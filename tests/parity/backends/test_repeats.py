@@ -37,6 +37,8 @@ def jax_backend(monkeypatch):
 
 @pytest.fixture
 def torch_backend(monkeypatch):
+    import torch
+
     import torch_moe
 
     forward, runs = torch_moe.MoE.forward, itertools.count(1)
@@ -51,6 +53,7 @@ def torch_backend(monkeypatch):
     def make(options):
         backend = backends.load("torch", options)
         backend.house, backend.meshes, backend.rank, backend.gpu = torch_moe, {}, 0, False
+        backend.device = torch.device("cpu")
         return backend
 
     return make
