@@ -31,6 +31,8 @@ version = ctypes.c_int()
 status = get_version(ctypes.byref(version))
 sys.exit(f"ncclGetVersion failed with status {status}") if status else print(version.value)
 """
+CHANNELS = 2
+"""NCCL's channels between ranks that share a card."""
 
 
 class NcclError(ValueError):
@@ -130,4 +132,7 @@ def environment(library: Path) -> dict[str, str]:
         "NCCL_MULTI_RANK_GPU_ENABLE": "1",
         # multicast between GPUs is of no use inside one
         "NCCL_NVLS_ENABLE": "0",
+        # A channel has 12 MB of buffers for each peer, in each communicator, of which there is one for each set of
+        # mesh axes; with the usual two dozen of them the ranks of one card fill it.
+        **{name: os.environ.get(name, str(CHANNELS)) for name in ("NCCL_MAX_NCHANNELS", "NCCL_MAX_P2P_NCHANNELS")},
     }

@@ -88,6 +88,7 @@ def test_ranks_that_share_a_gpu_are_a_process_each_with_the_library_and_a_share_
         assert environment["LD_PRELOAD"] == "/opt/libnccl.so.2"
         assert environment["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
         assert environment["NCCL_NVLS_ENABLE"] == "0"
+        assert int(environment["NCCL_MAX_NCHANNELS"]) < 8
     jax = JaxBackend(options).environment(FOUR)
     assert float(jax["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == gpu.memory_fraction(4)
     assert jax["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
