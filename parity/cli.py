@@ -66,6 +66,9 @@ Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layer
 Timeout = Annotated[
     float, typer.Option("--timeout", callback=_positive, help="Seconds a case may take in the frameworks.")
 ]
+Frameworks = Annotated[
+    str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
+]
 Repeat = Annotated[
     int, typer.Option("--repeat", metavar="N", min=2, help="Runs of a layer whose outputs must be equal bit for bit.")
 ]
@@ -102,9 +105,15 @@ def list_command(
     as_json: AsJson = False,
     capabilities: Annotated[bool, typer.Option("--capabilities", help="Print which transport serves what.")] = False,
     flags: Annotated[bool, typer.Option("--flags", help="Print the flags of a case id.")] = False,
+    promises: Annotated[
+        bool, typer.Option("--determinism", help="Print what leaves a token's result the same, bit for bit.")
+    ] = False,
 ) -> None:
     """Print the case ids of a grid."""
     with _messages():
+        if promises:
+            _print_promises(as_json)
+            return
         if capabilities:
             _print_capabilities(as_json)
             return
@@ -123,6 +132,17 @@ def _print_capabilities(as_json: bool) -> None:
         print(json.dumps(report.capabilities(), indent=2))
     else:
         _console().print(report.capability_table())
+
+
+def _print_promises(as_json: bool) -> None:
+    from parity import determinism
+
+    if as_json:
+        print(json.dumps(determinism.promises(), indent=2))
+        return
+    for table in determinism.promise_tables():
+        _console().print(table)
+    print(determinism.legend())
 
 
 def _case_json(case: Case) -> dict:
@@ -376,6 +396,41 @@ def doctor_command(
     from parity import doctor
 
     doctor.main(as_json, _console(), package_version(), timeout)
+
+
+@app.command("determinism")
+def determinism_command(
+    ids: Cases = None,
+    grid: Grid = None,
+    match: Match = None,
+    as_json: AsJson = False,
+    where: Platforms = Platform.cpu,
+    timeout: Timeout = 180.0,
+    jax_processes: JaxProcesses = False,
+    repeat: Repeat = 2,
+    ranks_per_gpu: RanksPerGpu = 1,
+    nccl_library: NcclLibrary = None,
+    frameworks: Frameworks = None,
+) -> None:
+    """Compare a token's result bit for bit when its case runs again, and when the batch around it is another one.
+
+    Without cases and a grid it is the grid 'determinism'. 'parity list --determinism' prints what must be equal.
+    """
+    from parity import determinism
+
+    with _messages():
+        cases = _chosen(ids, grid or (None if ids else "determinism"), match)
+        options = Options(
+            platform=where.value,
+            jax_processes=jax_processes,
+            ranks_per_gpu=ranks_per_gpu,
+            nccl_library=nccl_library,
+            repeat=repeat,
+        )
+        chosen = _backends(frameworks, options)
+        with _terminable():
+            status = determinism.main(cases, chosen, timeout, as_json, _console(stderr=as_json))
+        raise typer.Exit(status)
 
 
 @app.command("selftest")

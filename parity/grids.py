@@ -178,7 +178,27 @@ def _huggingface() -> list[Case]:
     return [Case.parse(text) for text in ids]
 
 
-BUILT_IN = {"smoke": _smoke, "vllm": _vllm, "transports": _transports, "huggingface": _huggingface}
+def _determinism() -> list[Case]:
+    """Every transport, and every kind of reduction across ranks; uneven ranks."""
+    ids = (  # mostly float32: in bfloat16 the last rounding hides most of what differs
+        "dp2.tp1/local/f32/t24-17.d64.f48/e8.k2/shared+gate",
+        "dp1.tp2/local/f32/t24.d64.f48/e8.k2/shared",
+        "dp1.tp4/local/f32/t24.d64.f48/e8.k2",
+        "dp2.tp1.ep/allgather/bf16/t24-17.d64.f48/e8.k2/gate",
+        "dp2.tp2.ep/allgather/f32/t24-17.d64.f48/e8.k2/shared",
+        "dp2.tp1.ep/ragged/f32/t24-17.d64.f48/e8.k2",
+        "dp2.tp1.ep/padded/f32/t24-17.d64.f48/e8.k2",
+    )
+    return [Case.parse(text) for text in ids]
+
+
+BUILT_IN = {
+    "smoke": _smoke,
+    "vllm": _vllm,
+    "transports": _transports,
+    "determinism": _determinism,
+    "huggingface": _huggingface,
+}
 
 
 def product(parts: Mapping[str, Sequence]) -> list[Case]:

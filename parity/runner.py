@@ -130,8 +130,38 @@ class Session:
           RankError: a rank died, hung or raised.
           InfrastructureError: workers cannot start, or there is no room.
         """
-        arrays = self._arrays(case)
+        arrays = self.arrays(case)
         lessons = None if self.harness.teach is None else self._ask(case, arrays).lessons
+
+        def meanwhile() -> Any:
+            reference = self._ask(case, arrays).reference
+            self._look_ahead(reference, then)
+            return reference
+
+        return self.answers(
+            case, arrays, backends, mutation=mutation, planted_in=planted_in, lessons=lessons, meanwhile=meanwhile
+        )
+
+    def answers(
+        self,
+        case: Case,
+        arrays: Mapping[str, ArrayRef],
+        backends: Sequence[Backend],
+        *,
+        mutation: str | None = None,
+        planted_in: str | None = None,
+        lessons: Mapping[str, ArrayRef] | None = None,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> tuple[dict[str, list[RankResult]], Any]:
+        """Run given arrays on some backends.
+
+        Returns:
+          Each backend's results in rank order, and what `meanwhile` gave, which is called while they run.
+
+        Raises:
+          RankError: a rank died, hung or raised.
+          InfrastructureError: workers cannot start, or there is no room.
+        """
         pools: list[tuple[Backend, Pool, Path]] = []
         try:
             for backend in backends:
@@ -142,8 +172,7 @@ class Session:
             for backend, pool, out in pools:
                 bug = mutation if planted_in in (None, backend.name) else None
                 pool.submit(case, arrays, out, bug, lessons)
-            reference = self._ask(case, arrays).reference
-            self._look_ahead(reference, then)
+            done = meanwhile()
             results = {}
             for backend, pool, out in pools:
                 pool.collect(self.timeout)
@@ -151,7 +180,7 @@ class Session:
         except BaseException as error:
             self._settle([pool for _, pool, _ in pools], wait=isinstance(error, RankError))
             raise
-        return results, reference
+        return results, done
 
     def _started(self, backend: Backend, pool: Pool, case: Case) -> Pool:
         """Wait for a pool to be up; one that never gets going is infrastructure, not a case's error."""
@@ -192,7 +221,8 @@ class Session:
             out.mkdir(parents=True)
         return out
 
-    def _arrays(self, case: Case) -> dict[str, ArrayRef]:
+    def arrays(self, case: Case) -> dict[str, ArrayRef]:
+        """The case's arrays on disk."""
         with _room(self.scratch):
             return self.harness.build(case, self.scratch / "arrays")
 
@@ -224,7 +254,7 @@ class Session:
         if then is not None and self.harness.teach is not None:
             # what goes wrong here goes wrong again when its turn comes, and is told then
             with contextlib.suppress(Exception):
-                self._ask(then, self._arrays(then))
+                self._ask(then, self.arrays(then))
 
 
 def _refusals(skipped: Mapping[str, str]) -> str:

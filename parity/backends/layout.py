@@ -2,7 +2,8 @@
 
 The arrays of a case hold real tokens only, densely, in rank order. Here they are cut into one block a token-holding
 rank (a DP rank, or each rank where tokens come split over dp and tp), every block padded to the largest. Padding is
-poison: NaN in values, the sentinel id E in ids. A layer that lets it through shows it.
+poison: NaN in values (or the number in the array "padding", if there is one), the sentinel id E in ids. A layer that
+lets it through shows it.
 
     tokens (3, 1), T = 4:   dense rows [0 1 2 3]   ->   block 0 = [0 1 2], block 1 = [3 nan nan],   counts (3, 1)
 """
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.arrays import ArrayRef
+from parity.arrays import ArrayRef, bits_of_float32
 from parity.case import Case
 from parity.results import Decisions, RankResult, Rows
 from parity.stages import NAMES
 
 NAN_BFLOAT16 = np.uint16(0x7FC0)
+PADDING = "padding"
+"""Name of an array of one float32: what padding holds in place of NaN."""
 INPUTS = ("x", "router_logits", "topk_ids", "topk_weights")
 ROUTING_FIELDS = ("token_index", "router_logits", "topk_ids", "topk_weights")
 ROW_FIELDS = ("group_sizes", "row_token", "row_slot", "expert_load")
@@ -63,6 +66,9 @@ def token_blocks(case: Case, arrays: Mapping[str, ArrayRef]) -> TokenBlocks:
     counts = block_counts(case)
     rows = max(counts)
     poison = {"bfloat16": NAN_BFLOAT16, "float32": np.float32(np.nan), "int32": np.int32(case.experts)}
+    if PADDING in arrays:
+        number = np.array(arrays[PADDING].open())
+        poison |= {"bfloat16": bits_of_float32(number)[0], "float32": number[0]}
     blocks, dtypes = {}, {}
     for name in INPUTS:
         if name not in arrays:
@@ -82,7 +88,7 @@ def token_blocks(case: Case, arrays: Mapping[str, ArrayRef]) -> TokenBlocks:
 
 def parameters(arrays: Mapping[str, ArrayRef]) -> dict[str, ArrayRef]:
     """The arrays that are parameters of the layer, by their names in the checkpoint."""
-    return {name: ref for name, ref in arrays.items() if name not in INPUTS}
+    return {name: ref for name, ref in arrays.items() if name not in (*INPUTS, PADDING)}
 
 
 def layer_options(case: Case) -> tuple[dict, dict, dict]:
