@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import jax_moe
-import torch_moe
 from parity import backends, determinism, fixtures
 from parity.arrays import values
 from parity.backends.base import Options
@@ -18,6 +16,7 @@ from parity.case import FORMATS, TRANSPORTS, Case
 from parity.determinism import compare, variants
 from parity.launch import RankError
 from parity.promises import KERNELS, LAYERS, PROPERTIES, promised
+from tests.parity.backends.alone import alone
 from tests.parity.simulated import simulate
 
 CASE = "dp2.tp1/local/f32/t5-2.d16.f8/e4.k2"
@@ -206,24 +205,18 @@ def test_the_table_has_every_framework_platform_and_transport():
     assert len(determinism.promises()) == len(LAYERS) + len(KERNELS)
 
 
-def in_process(name):
-    backend = backends.load(name, Options())
-    if name == "jax":
-        backend.house = jax_moe
-    else:
-        backend.house, backend.meshes, backend.rank, backend.gpu = torch_moe, {}, 0, False
-    return backend
+ALONE = "dp1.tp1/local/f32/t6.d16.f8/e4.k2"
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("jax", CASE), ("torch", CASE.replace("dp2.tp1", "dp1.tp1").replace("5-2", "6"))]
+    ("name", "text"), [("torch", ALONE), ("jax", ALONE), pytest.param("jax", CASE, marks=pytest.mark.slow)]
 )
 def test_the_layers_keep_what_is_promised(name, text, tmp_path, cache, monkeypatch):
-    promises_of = promised(name, "cpu", Case.parse(text))
-    every = variants
-    monkeypatch.setattr(determinism, "variants", lambda *args: (v for v in every(*args) if v.what in promises_of))
-    found = list(determinism.run(Live([in_process(name)], tmp_path, cache), [Case.parse(text)]))
-    assert {f.what for f in found} == promises_of - ({"padding", "elsewhere"} if name == "torch" else set())
+    mine, every = promised(name, "cpu", Case.parse(text)), variants
+    monkeypatch.setattr(determinism, "variants", lambda *args: (v for v in every(*args) if v.what in mine))
+    with alone(name) as backend:
+        found = list(determinism.run(Live([backend], tmp_path, cache), [Case.parse(text)]))
+    assert {f.what for f in found} == mine - ({"padding", "elsewhere"} if text == ALONE else set())
     assert [f for f in found if f.state != "equal"] == []
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import jax_moe
-from parity import backends, fixtures
+import torch_moe
+from parity import fixtures
 from parity.backends.base import Options
 from parity.case import Case
+from tests.parity.backends.alone import alone
 
 CASE = Case.parse("dp1.tp1/local/f32/t3.d16.f8/e4.k2")
 ODD_RUN = 4
@@ -17,7 +19,7 @@ ODD_RUN = 4
 
 
 @pytest.fixture
-def jax_backend(monkeypatch):
+def odd_jax(monkeypatch):
     moe, runs = jax_moe.moe, itertools.count(1)
 
     def disturbed(params, x, **options):
@@ -27,20 +29,9 @@ def jax_backend(monkeypatch):
 
     monkeypatch.setattr(jax_moe, "moe", disturbed)
 
-    def make(options):
-        backend = backends.load("jax", options)
-        backend.house = jax_moe
-        return backend
-
-    return make
-
 
 @pytest.fixture
-def torch_backend(monkeypatch):
-    import torch
-
-    import torch_moe
-
+def odd_torch(monkeypatch):
     forward, runs = torch_moe.MoE.forward, itertools.count(1)
 
     def disturbed(self, x, **options):
@@ -50,18 +41,11 @@ def torch_backend(monkeypatch):
 
     monkeypatch.setattr(torch_moe.MoE, "forward", disturbed)
 
-    def make(options):
-        backend = backends.load("torch", options)
-        backend.house, backend.meshes, backend.rank, backend.gpu = torch_moe, {}, 0, False
-        backend.device = torch.device("cpu")
-        return backend
-
-    return make
-
 
 @pytest.mark.parametrize("name", ["jax", "torch"])
 @pytest.mark.parametrize("repeat", [ODD_RUN - 1, ODD_RUN])
 def test_the_last_of_the_runs_is_compared_too(name, repeat, cache, request):
-    backend = request.getfixturevalue(f"{name}_backend")(Options(repeat=repeat))
-    result = backend.run(CASE, fixtures.build(CASE, cache))[0]
+    request.getfixturevalue(f"odd_{name}")
+    with alone(name, Options(repeat=repeat)) as backend:
+        result = backend.run(CASE, fixtures.build(CASE, cache))[0]
     assert result.repeat_equal is (repeat < ODD_RUN)
