@@ -66,9 +66,6 @@ Platforms = Annotated[Platform, typer.Option("--platform", help="Where the layer
 Timeout = Annotated[
     float, typer.Option("--timeout", callback=_positive, help="Seconds a case may take in the frameworks.")
 ]
-Frameworks = Annotated[
-    str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
-]
 Repeat = Annotated[
     int, typer.Option("--repeat", metavar="N", min=2, help="Runs of a layer whose outputs must be equal bit for bit.")
 ]
