@@ -228,8 +228,9 @@ def _gpu_flags() -> list[str]:
     flags = [
         # timing alternatives costs more than such programs run, on a GPU that several processes keep busy
         "--xla_gpu_autotune_level=0",
-        # XLA's own kernel for ragged_all_to_all hangs between processes, on one GPU and on two; NCCL's does not
+        # XLA's own kernel for ragged_all_to_all hangs between processes, on one GPU and on two; so may what overlaps it
         "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
+        "--xla_gpu_disable_async_collectives=raggedalltoall",
     ]
     with contextlib.suppress(PackageNotFoundError, ValueError):
         if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):
