@@ -105,7 +105,7 @@ def test_every_file_a_page_names_exists(path):
 
 def test_every_page_is_in_the_navigation_and_nothing_comes_from_the_network():
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    listed = set(re.findall(r"[\w/]+\.md", settings))
+    listed = set(re.findall(r"[\w/-]+\.md", settings))
     assert listed == {str(path.relative_to(DOCS)) for path in PAGES}
     assert "font: false" in settings
     assert "http" not in settings
@@ -113,7 +113,7 @@ def test_every_page_is_in_the_navigation_and_nothing_comes_from_the_network():
 
 
 def test_every_page_of_the_design_is_linked_from_the_start():
-    links = set(re.findall(r"\]\(([\w/]+\.md)", page("index.md")))
+    links = set(re.findall(r"\]\(([\w/-]+\.md)", page("index.md")))
     assert links >= {str(path.relative_to(DOCS)) for path in PAGES} - {"index.md", "kernels.md"}
 
 
