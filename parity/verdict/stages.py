@@ -256,7 +256,8 @@ def _choice(
             best = Worst(float(margin[row, slot]), int(token[row]), int(slot), int(ids[row, slot]), rank, 0,
                          float(got[row, slot]), float(expected[row, slot]))  # fmt: skip
     ratio = float(np.sqrt(error2 / expect2) / model.unit) if expect2 > 0 and np.isfinite(error2) else None
-    predicted = model.unit * float(np.sqrt(expect2 / size2)) if expect2 > 0 else None
+    # no size at all: not one token's experts are the right ones
+    predicted = model.unit * float(np.sqrt(expect2 / size2)) if expect2 > 0 and size2 > 0 else None
     return Found(0.0 if best is None else best.margin, "", best, ratio, predicted)
 
 

@@ -95,6 +95,23 @@ def test_an_error_is_found_in_the_stage_it_is_born_in(teacher, stage):
     assert judgement.verdict == "fail"
 
 
+def test_a_router_that_is_wrong_about_every_token_is_found_too(teacher):
+    def wrong(ids):
+        first = [min(set(range(8)) - set(row)) for row in ids.tolist()]
+        return np.where((ids < 8).all(axis=1)[:, None], np.column_stack([first, ids[:, 1:]]), ids).astype(ids.dtype)
+
+    def change(case, ranks):
+        ranks = alter("topk_ids", lambda rank, ids: wrong(ids))(case, ranks)
+        return [
+            dataclasses.replace(r, decisions=dataclasses.replace(r.decisions, topk_ids=wrong(r.decisions.topk_ids)))
+            for r in ranks
+        ]
+
+    judgement = judged(teacher, EP, change)
+    assert "choice" in [gate.stage for gate in failed(judgement)]
+    assert table(judgement)["choice"]["state"] == "born"
+
+
 def test_what_came_in_is_told_from_what_was_born(teacher):
     def change(case, ranks):
         ranks = alter("gate_up", lambda rank, values: values * np.float32(1.1))(case, ranks)
