@@ -29,8 +29,10 @@ EXPERTS = "eager"
 """A loop over experts: of the implementations that a block can be given, its own and the plainest."""
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Ours -> the name in transformers."""
-LEAST: Mapping[str, int] = {
-    "vocab_size": 1,
+LEAST: Mapping[str, int | None] = {
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
