@@ -100,19 +100,18 @@ def output_summary(found: dict[str, list[dict]]) -> Iterator[str]:
 
 
 def stage_summary(found: dict[str, list[dict]]) -> Iterator[str]:
-    """Stage by stage, taught: ratios from least to most, and the largest margin."""
+    """Stage by stage, taught: ratios, and in brackets margins, from least to most."""
     yield "| stage | " + " | ".join(found) + " |"
     yield "|---" * (len(found) + 1) + "|"
     for stage in STAGES:
         cells = []
         for rows in found.values():
             lines = [line for row in rows for line in row["stages"] if line["stage"] == stage.name]
-            ratios = [line["observed_over_model"] for line in lines if line["observed_over_model"] is not None]
-            worst = max((line["taught"] for line in lines if line["taught"] is not None), default=None)
-            if ratios and worst is not None:
-                cells.append(f"{_range(ratios)} ({worst:.2f})")
-            else:
-                cells.append("exact" if worst == 0 else "")
+            ratios = [line["observed_over_model"] for line in lines if line["observed_over_model"]]
+            margins = [line["taught"] for line in lines if line["taught"] is not None and line["observed_over_model"]]
+            exact = [line["taught"] for line in lines if line["observed_over_model"] is None]
+            words = [f"{_range(ratios)} ({_range(margins)})"] if margins else []
+            cells.append("; ".join(words + ["exact"] * (bool(exact) and max(exact) == 0)))
         yield f"| {stage.title} | " + " | ".join(cells) + " |"
 
 

@@ -154,14 +154,15 @@ class ErrorModel:
         below = np.minimum(np.sqrt(depth + depth**2 * drift) / 128, 1.0)
         return np.minimum(2 / math.pi * below * (1 - np.euler_gamma + np.log(2 / below)), 1.0)
 
-    def activation(self, h: np.ndarray, terms2: np.ndarray | float = 0.0) -> np.ndarray:
+    def activation(self, h: np.ndarray, terms2: np.ndarray | float = 0.0, roundings: int = 9) -> np.ndarray:
         """An activation evaluated in float32: an exponential or erf of a few float32 roundings, and two products.
 
         Args:
           h: (rows, F) its exact result.
           terms2: square of what `h` is the difference of, where it is one: those roundings are of its size.
+          roundings: variance of all roundings in units of one; relu2 has one, its square.
         """
-        return 9 * self.f32 * (h**2 + terms2)
+        return roundings * self.f32 * (h**2 + terms2)
 
     def weights(self, logit_variance: np.ndarray, below_max: np.ndarray) -> np.ndarray:
         """Relative variance of a router weight: the logit's error enters the exponent, whose argument is rounded too.
@@ -172,12 +173,25 @@ class ErrorModel:
         """
         return self.f32 * (9 + below_max**2) + 2 * logit_variance
 
-    def combine(self, terms2: np.ndarray, count: int) -> np.ndarray:
-        """A float32 sum of `count` weighted terms with `terms2` the sum of their squares.
+    def combine(self, products2: np.ndarray, sums2: np.ndarray) -> np.ndarray:
+        """A float32 sum of weighted terms: each product is rounded, and each partial sum from the second on.
 
-        Each product is rounded, and each sum but the first; terms that other ranks add as zeros cost nothing.
+        Zeros that other ranks add cost nothing.
+
+        Args:
+          products2: the sum of the terms' squares.
+          sums2: the sum of the partial sums' squares.
         """
-        return self.f32 * terms2 * (count / 2 + 1)
+        return self.f32 * (products2 + sums2)
+
+    @staticmethod
+    def partial_sums(slot: np.ndarray, count: int) -> np.ndarray:
+        """In how many partial sums of two terms and more, but for the whole, the term of a slot is.
+
+        Slots are added in order, best first: the worst one, since the largest terms are in most sums. For four terms
+        a, b, c, d there are a + b and a + b + c: counts 2, 2, 1, 0.
+        """
+        return np.maximum(count - 1 - np.maximum(slot, 1), 0)
 
     def across(self, terms2: np.ndarray) -> np.ndarray:
         """The float32 sum over tp ranks of parts whose squares add up to about `terms2`."""

@@ -15,6 +15,7 @@ import pytest
 from parity import backends, delivery, grids, mutations, report, tolerance
 from parity.backends.base import Options
 from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
+from parity.stages import NAMES
 from parity.verdict import GATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,6 +283,15 @@ def test_the_measured_tables_have_the_rows_of_the_script_and_no_margin_above_one
         for _, text in rows:
             for fmt in script.FORMATS:
                 Case.parse(text.format(fmt))
+
+
+def test_the_error_models_by_stage_are_those_of_the_code():
+    rows = {
+        row[0].strip("`"): row[2] for row in table_rows(page("numerics.md").split("## Stage by stage")[1], "stage")[1:]
+    }
+    assert list(rows) == list(tolerance.STAGE_ERRORS) == list(NAMES)
+    said = {"yes": "yes", "no": "no", "may": "may be"}
+    assert all(rows[name].startswith(said[error.rounds]) for name, error in tolerance.STAGE_ERRORS.items())
 
 
 def test_pictures_are_what_the_script_draws():

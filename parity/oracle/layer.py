@@ -88,8 +88,9 @@ def reference(
     hands.keep("inputs", inputs)
     combined, squares, slot_norm = _experts(case, arrays, inputs, chosen, weights, reached, hands)
     routed = hands.on("combine", combined)
-    if routed.tp is not None:
-        routed = Value(routed.exact, routed.variance, routed.tp + model.across(squares))
+    # parts of a lesson are of one sign, and smaller than it
+    parts = model.across(routed.exact**2 if hands.teaches else squares)
+    routed = Value(routed.exact, routed.variance, parts if routed.tp is None else routed.tp + parts)
     if case.flags.latent:
         # rounded only here, where the sum over ranks is complete
         routed = product(routed.rounded(model), values(arrays["latent.up"]), model)
@@ -98,7 +99,9 @@ def reference(
     if case.flags.shared:
         shared = hands.on("shared", shared_expert(x, arrays, case, model))
         exact = routed.exact + shared.exact
-        total = Value(exact, routed.before + shared.before + model.f32 * exact**2, routed.tp)
+        parts = model.across(shared.exact**2 + (routed.exact**2 if hands.teaches else 0))
+        tp = parts if routed.tp is None else routed.tp + parts
+        total = Value(exact, routed.before + shared.before + model.f32 * exact**2, tp)
     hands.keep("reduce", total)
     y = total.rounded(model)
     return Reference(
@@ -162,7 +165,7 @@ def _experts(
     """
     model, shape = hands.model, (len(ids), case.expert_width)
     latent_up = values(arrays["latent.up"]).astype(np.float64) if case.flags.latent else None
-    total, variance, tp, squares = (np.zeros(shape) for _ in range(4))
+    total, variance, tp, squares, sums = (np.zeros(shape) for _ in range(5))
     slot_norm = np.zeros(ids.shape)
     for expert in range(case.experts):
         token, slot = np.nonzero((ids == expert) & reached)
@@ -181,9 +184,11 @@ def _experts(
         part = w * y.exact
         np.add.at(total, token, part)
         np.add.at(squares, token, part**2)
+        np.add.at(sums, token, part**2 * model.partial_sums(slot, case.top_k)[:, None])
         np.add.at(variance, token, w**2 * (y.before + y.exact**2 * w_variance))
         if y.tp is not None:
             np.add.at(tp, token, w**2 * y.tp)
         if not hands.teaches:
             slot_norm[token, slot] = np.linalg.norm(part if latent_up is None else part @ latent_up.T, axis=1)
-    return Value(total, variance + model.combine(squares, case.top_k), tp), squares, slot_norm
+    whole = total**2 if case.top_k > 1 else 0.0
+    return Value(total, variance + model.combine(squares, sums + whole), tp), squares, slot_norm

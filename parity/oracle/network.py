@@ -57,7 +57,8 @@ def activation(pre: Value, case: Case, model: ErrorModel) -> Value:
     h = activate(gate, up, case.flags)
     # 1 + erf and 1 + tanh cancel where the gate is negative
     cancels = case.flags.activation in ("gelu", "gelu_tanh")
-    variance = model.activation(h, (gate / 2 * (1 if up is None else up)) ** 2 if cancels else 0.0)
+    terms2 = (gate / 2 * (1 if up is None else up)) ** 2 if cancels else 0.0
+    variance = model.activation(h, terms2, 1 if case.flags.activation == "relu2" else 9)
     if pre.variance is not None:
         gate_variance, up_variance = split(pre.variance, **layout)
         variance = variance + gate_variance * ((activate(gate + STEP, up, case.flags) - h) / STEP) ** 2

@@ -18,7 +18,7 @@ from parity.oracle import Reference
 from parity.results import Decisions, RankResult
 from parity.stages import STAGES, Stage
 from parity.tolerance import SIGMAS, SLACK, STAGE_ERRORS, ErrorModel, over
-from parity.verdict.blocks import Block, Misshapen, Places, blocks, places, splits_width
+from parity.verdict.blocks import Block, Misshapen, Places, blocks, places, shares_tokens, splits_width
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import expert_ranks, listed, place
 from parity.verdict.numbers import freedom
@@ -176,7 +176,8 @@ def _tallied(
         drifts=taught and stage.name not in MIXING,
         truncation=model.truncation(_depth(case, stage.name)),
     )
-    parts = splits_width(case) and value.tp is not None
+    # taught, nothing but a sum over tp is left of what its parts add
+    parts = shares_tokens(case) if taught and stage.name in ("latent_out", "reduce") else splits_width(case)
     rounds = STAGE_ERRORS[stage.name].rounds != "no" and not copies and grid
     for whole in laid:
         for start in range(0, len(whole.token), ROWS_AT_A_TIME):
@@ -199,7 +200,7 @@ def _tallied(
                 own = own + model.rounding(picked.largest)
             if parts and picked.tp is not None and (rounds or stage.name != "down"):
                 before = before + picked.tp
-            sharp = not (parts and stage.name == "down")
+            sharp = not (parts and stage.name == "down" and picked.tp is not None)
             tally.add(block, Expected(picked.exact, before, own, sharp), expert, users)
     missing = reference.kept & ~seen
     if stage.by == "row" and missing.any():

@@ -86,3 +86,19 @@ def test_a_gelu_of_a_negative_gate_errs_by_roundings_of_what_cancels_in_it(name)
     assert 0.1 < observed / (model.unit * np.sqrt(np.mean(value.variance))) < 1.5
     of_its_own_size = model.unit * np.sqrt(np.mean(model.activation(value.exact)))
     assert observed > 3 * of_its_own_size
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 16])
+def test_a_weighted_sum_added_best_first_errs_as_the_model_says(count):
+    rng = np.random.default_rng(4)
+    weights = np.sort(rng.random((4000, count)).astype(np.float32))[:, ::-1]
+    rows = rng.standard_normal((4000, count)).astype(np.float32)
+    total = np.zeros(4000, np.float32)
+    for slot in range(count):
+        total = total + weights[:, slot] * rows[:, slot]
+    terms = weights.astype(float) * rows.astype(float)
+    model = ErrorModel("f32")
+    inside = (terms**2 * model.partial_sums(np.arange(count), count)).sum(axis=1)
+    whole = terms.sum(axis=1) ** 2 if count > 1 else 0.0
+    variance = model.combine((terms**2).sum(axis=1), inside + whole)
+    assert np.sqrt(((total - terms.sum(axis=1)) ** 2).sum() / variance.sum()) / model.unit == pytest.approx(1, abs=0.1)
