@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -24,7 +24,9 @@ from parity.backends import gpu, nccl
 from parity.backends.base import Backend, Options, cores
 from parity.backends.gpu import why_no_gpu
 from parity.case import Case, CaseError
-from parity.launch import InfrastructureError
+from parity.cluster.head import Head
+from parity.cluster.place import PlaceError
+from parity.launch import InfrastructureError, Pool
 from parity.records import Folder, Outcome, OutError, counts, exit_code, package_version
 from parity.runner import Harness, session
 from parity.runner import run as run_cases
@@ -78,6 +80,17 @@ NcclLibrary = Annotated[
     str | None,
     typer.Option("--nccl-library", metavar="PATH", help="NCCL 2.30 or newer, which lets ranks share a GPU."),
 ]
+
+
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Skip cases that DIR already has (errors run again).")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that does not pass.")]
+Frameworks = Annotated[
+    str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
+]
+NoStages = Annotated[bool, typer.Option("--no-stages", help="Do not compare stage by stage.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -151,11 +164,9 @@ def run_command(
     ids: Cases = None,
     grid: Grid = None,
     match: Match = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results.")] = Path("parity-out"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Skip cases that DIR already has (errors run again).")
-    ] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that does not pass.")] = False,
+    out: OutFolder = Path("parity-out"),
+    resume: Resume = False,
+    fail_fast: FailFast = False,
     where: Platforms = Platform.cpu,
     timeout: Timeout = 180.0,
     jax_processes: JaxProcesses = False,
@@ -166,9 +177,9 @@ def run_command(
         str | None, typer.Option("--shard", metavar="I/N", help="The I-th of N parts of the cases; see 'merge'.")
     ] = None,
     frameworks: Frameworks = None,
-    no_stages: Annotated[bool, typer.Option("--no-stages", help="Do not compare stage by stage.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")] = False,
-    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")] = None,
+    no_stages: NoStages = False,
+    verbose: Verbose = False,
+    junit: Junit = None,
 ) -> None:
     """Run cases in every framework and judge them.
 
@@ -255,6 +266,8 @@ def _run(
     verbose: bool,
     junit: Path | None,
     stages: bool,
+    make_pool: Callable[..., Pool] = Pool,
+    extra: dict | None = None,
 ) -> int:
     console, began = _console(), time.monotonic()
     if junit:
@@ -266,7 +279,8 @@ def _run(
             console.print(f"{earlier} of {len(cases)} cases are in {out} already")
         versions: dict[str, str] = {}
         try:
-            with _terminable(), session(chosen, timeout, out / "logs", Harness.default(stages)) as live:
+            harness = Harness.default(stages)
+            with _terminable(), session(chosen, timeout, out / "logs", harness, make_pool) as live:
                 try:
                     with _progress(console, len(cases), earlier) as watch:
                         run_cases(cases, live, folder, fail_fast=fail_fast, watch=watch)
@@ -279,7 +293,7 @@ def _run(
         if status == PASSED:
             status = exit_code(folder.done.values())
         summary = _summary(cases, folder.done, time.monotonic() - began, versions, status, interrupted, trouble)
-        summary["platform"] |= gpu.describe(chosen[0].options)
+        summary["platform"] |= gpu.describe(chosen[0].options) | (extra or {})
         try:
             folder.summarize(summary)
             if junit:
@@ -368,6 +382,73 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@app.command("worker")
+def worker_command(
+    ids: Cases = None,
+    grid: Grid = None,
+    match: Match = None,
+    out: OutFolder = Path("parity-out"),
+    resume: Resume = False,
+    fail_fast: FailFast = False,
+    where: Platforms = Platform.cpu,
+    timeout: Timeout = 180.0,
+    repeat: Repeat = 2,
+    ranks_per_gpu: RanksPerGpu = 1,
+    nccl_library: NcclLibrary = None,
+    frameworks: Frameworks = None,
+    no_stages: NoStages = False,
+    verbose: Verbose = False,
+    junit: Junit = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="In place of RANK and the like.")] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="In place of WORLD_SIZE and the like.")] = None,
+    local_rank: Annotated[
+        int | None, typer.Option("--local-rank", min=0, help="In place of LOCAL_RANK and the like.")
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option("--master-addr", metavar="HOST", help="Rank 0's host, in place of MASTER_ADDR.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Where rank 0 listens; MASTER_PORT and 1 if not given.")
+    ] = None,
+    bind: Annotated[
+        str | None, typer.Option("--bind", metavar="ADDRESS", help="What rank 0 listens on, if not on HOST.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option("--wait", callback=_positive, help="Seconds in which all ranks must have come.")
+    ] = 300.0,
+) -> None:
+    """Be one rank of a run that a cluster's launcher has started: torchrun, srun, Kubernetes.
+
+    Start the same command for every rank. Rank 0 judges and writes DIR; all end with its exit status.
+    """
+    from parity.cluster import command
+
+    with _messages():
+        here = command.find(rank, ranks, local_rank, master, port)
+        cases = _chosen(ids, grid, match)
+        options = Options(
+            platform=where.value,
+            jax_processes=True,
+            ranks_per_gpu=ranks_per_gpu,
+            nccl_library=nccl_library,
+            repeat=repeat,
+            launched=here.ranks,
+        )
+        console = _console()
+
+        def run(head: Head) -> int:
+            chosen = _backends(frameworks, options)
+            extra = {"launched": {"ranks": here.ranks, "by": here.source, "hosts": head.hosts()}}
+            return _run(
+                cases, chosen, out, resume, fail_fast, timeout, verbose, junit, not no_stages, head.pool, extra
+            )
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True)
+
+        raise typer.Exit(command.main(here, bind, wait, say, run))
 
 
 @app.command("merge")
@@ -508,7 +589,7 @@ def _messages() -> Iterator[None]:
     """Turn what is wrong with the usage, or with the machine, into one message and an exit status."""
     try:
         yield
-    except (CaseError, grids.GridError, backends.BackendError, OutError) as error:
+    except (CaseError, grids.GridError, backends.BackendError, OutError, PlaceError) as error:
         _say(f"error: {error}")
         raise typer.Exit(USAGE) from None
     except InfrastructureError as error:

@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from parity.arrays import ArrayRef
 from parity.backends.base import Backend
@@ -25,6 +26,8 @@ from parity.case import Case
 
 START_SECONDS = 180.0
 """Importing a framework on a cold, busy machine."""
+START_VARIABLE = "PARITY_START_SECONDS"
+"""Says how long instead: a file system that many hosts share may need longer."""
 GRACE_SECONDS = 1.0
 """After the first sign of trouble, how long to listen for the others: a killed rank's peers may complain first."""
 SILENT_SECONDS = 5.0
@@ -49,12 +52,22 @@ class InfrastructureError(Exception):
     """Nothing can run: workers cannot start, or there is no room to write. The message says how to mend it."""
 
 
+class Process(Protocol):
+    """What is asked of a worker's process, on this host or another."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
 @dataclass
 class Worker:
     """One process, as the command sees it."""
 
     index: int
-    process: subprocess.Popen
+    process: Process
     read_fd: int
     write_fd: int
     log: Path
@@ -103,32 +116,15 @@ class Pool:
             self._selector.register(self.workers[-1].read_fd, selectors.EVENT_READ, self.workers[-1])
 
     def _spawn(self, index: int) -> Worker:
-        log = self.log_dir / f"{self.backend.name}-{self.processes}-rank{index}.log"
-        child_read, parent_write = os.pipe()
-        parent_read, child_write = os.pipe()
-        command = [sys.executable, "-m", "parity.worker", "--backend", self.backend.name, "--index", str(index)]
-        command += ["--processes", str(self.processes), "--options", json.dumps(asdict(self.backend.options))]
-        command += ["--read", str(child_read), "--write", str(child_write)]
-        try:
-            with open(log, "ab") as log_file:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(child_read, child_write),
-                    env=worker_environment(self.environment),
-                    start_new_session=True,  # Ctrl-C in the terminal is for the command alone
-                )
-        except BaseException:
-            os.close(parent_read)
-            os.close(parent_write)
-            raise
-        finally:
-            os.close(child_read)
-            os.close(child_write)
-        os.set_blocking(parent_read, False)
-        return Worker(index, process, parent_read, parent_write, log, log_start=log.stat().st_size)
+        log = self._log(index)
+        process, read_fd, write_fd = start(
+            self.backend.name, index, self.processes, asdict(self.backend.options), self.environment, log
+        )
+        os.set_blocking(read_fd, False)
+        return Worker(index, process, read_fd, write_fd, log, log_start=log.stat().st_size)
+
+    def _log(self, index: int) -> Path:
+        return self.log_dir / f"{self.backend.name}-{self.processes}-rank{index}.log"
 
     def close(self) -> None:
         """Kill every process and wait until it is gone."""
@@ -152,10 +148,11 @@ class Pool:
           InfrastructureError: a process cannot set up.
           RankError: a process died or hung on the way.
         """
-        deadline = time.monotonic() + START_SECONDS
+        limit = start_seconds()
+        deadline = time.monotonic() + limit
         while any(worker.state == "starting" for worker in self.workers):
             self._pump(0.1)
-            self._check(deadline, "starting", START_SECONDS)
+            self._check(deadline, "starting", limit)
 
     def idle_dead(self) -> list[Worker]:
         """Processes that died between cases."""
@@ -340,6 +337,9 @@ class Pool:
         others = f" ({self._name([w for w in late if w not in guilty])} waited in a collective)" if outside and len(
             outside
         ) < len(late) else ""  # fmt: skip
+        if guilty[0].state == "starting":
+            others += f" ({START_VARIABLE} gives it longer)"
+            return self._error("hung", guilty, f"did not start within {limit:g} s{others}")
         return self._error("hung", guilty, f"did not finish within {limit:g} s{others}")
 
     def _error(self, kind: str, workers: Sequence[Worker], what: str) -> RankError:
@@ -368,9 +368,10 @@ class Pool:
 class Pools:
     """Every living pool, by what its processes can be shared for. A context manager: leaving it kills them all."""
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, make: Callable[[Backend, int, Mapping[str, str], Path], Pool] = Pool) -> None:
         self.log_dir = log_dir
         self.versions: dict[str, str] = {}
+        self._make = make
         self._pools: dict[tuple, Pool] = {}
 
     def get(self, backend: Backend, case: Case) -> Pool:
@@ -385,7 +386,7 @@ class Pools:
             self.drop(pool)
             pool = None
         if pool is None:
-            pool = self._pools[key] = Pool(backend, key[1], environment, self.log_dir)
+            pool = self._pools[key] = self._make(backend, key[1], environment, self.log_dir)
             try:
                 pool.spawn()
             except OSError as error:
@@ -415,6 +416,71 @@ class Pools:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def start(
+    backend: str,
+    index: int,
+    processes: int,
+    options: Mapping[str, object],
+    environment: Mapping[str, str],
+    log: Path,
+    place: Mapping[str, object] | None = None,
+) -> tuple[subprocess.Popen, int, int]:
+    """Start one worker.
+
+    Args:
+      backend: its name.
+      index: of this process among `processes`.
+      options: the fields of `Options`.
+      environment: the backend's variables.
+      log: where its output goes, at the end of what is there.
+      place: fields of `Member` that say where it and process 0 are, if they may be on different hosts.
+
+    Returns:
+      The process, and the pipes to read its messages from and to write requests to.
+    """
+    child_read, parent_write = os.pipe()
+    parent_read, child_write = os.pipe()
+    command = [sys.executable, "-m", "parity.worker", "--backend", backend, "--index", str(index)]
+    command += ["--processes", str(processes), "--options", json.dumps(options)]
+    command += ["--read", str(child_read), "--write", str(child_write)]
+    command += ["--place", json.dumps(place)] if place else []
+    try:
+        with open(log, "ab") as log_file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                pass_fds=(child_read, child_write),
+                env=worker_environment(environment),
+                start_new_session=True,  # Ctrl-C in the terminal is for the command alone
+            )
+    except BaseException:
+        os.close(parent_read)
+        os.close(parent_write)
+        raise
+    finally:
+        os.close(child_read)
+        os.close(child_write)
+    return process, parent_read, parent_write
+
+
+def start_seconds() -> float:
+    """How long a process may take to import its framework and to find the others.
+
+    Raises:
+      InfrastructureError: the environment variable holds no positive number.
+    """
+    text = os.environ.get(START_VARIABLE, "")
+    try:
+        seconds = float(text) if text else START_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InfrastructureError(f"{START_VARIABLE}={text!r}: it must be seconds, more than 0")
+    return seconds
 
 
 def worker_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -269,9 +269,10 @@ def session(
     timeout: float,
     log_dir: Path | None = None,
     harness: Harness | None = None,
+    make_pool: Callable[..., Pool] = Pool,
 ) -> Iterator[Session]:
     """A session; leaving it kills its workers and removes its scratch space."""
-    with scratch_folder() as scratch, Pools(log_dir or scratch / "logs") as pools:
+    with scratch_folder() as scratch, Pools(log_dir or scratch / "logs", make_pool) as pools:
         yield Session(backends, scratch, pools, harness or Harness.default(), timeout)
 
 

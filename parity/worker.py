@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--options", type=json.loads, required=True)
     parser.add_argument("--read", type=int, required=True)
     parser.add_argument("--write", type=int, required=True)
+    parser.add_argument("--place", type=json.loads, default={}, help="fields of Member, if hosts differ")
     args = parser.parse_args(argv)
 
     die_with_parent()
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 options=options,
                 publish=lambda value: channel.send("rendezvous", value=value),
                 receive=channel.rendezvous,
+                **args.place,
             )
         )
     except Exception as error:

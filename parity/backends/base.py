@@ -44,6 +44,9 @@ class Options:
     """How many ranks share a GPU; more than one are a process each in every framework, and need `nccl_library`."""
     nccl_library: str | None = None
     """Path of the NCCL that is loaded in place of the frameworks' own (`parity.backends.nccl`)."""
+    launched: int | None = None
+    """How many ranks a cluster's launcher has started, perhaps on several hosts (`parity worker`); None: the ranks are
+    this command's own processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,16 @@ class Member:
     """Process 0 calls this once, with whatever the others need to find it (a port, say)."""
     receive: Callable[[], str]
     """The other processes call this to wait for what process 0 published."""
+    address: str = "127.0.0.1"
+    """An address of process 0's host at which the others reach it."""
+    local_index: int | None = None
+    """Which of its host's processes this one is; None: all are on one host."""
+
+    @property
+    def device_index(self) -> int:
+        """The GPU of its host that this process works on."""
+        index = self.index if self.local_index is None else self.local_index
+        return gpu.of_rank(index, self.options.ranks_per_gpu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,9 @@ class Backend(ABC):
         """Why this backend refuses the case, naming the missing capability; None if it takes it."""
         if reason := self.capabilities.missing(case):
             return reason
+        if self.options.launched is not None:
+            few = case.world > self.options.launched
+            return f"{case.world} ranks are needed; {self.options.launched} were launched" if few else None
         return gpu.too_few(case.world, self.options.ranks_per_gpu) if self.options.platform == "gpu" else None
 
     def processes(self, case: Case) -> int:

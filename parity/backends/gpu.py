@@ -71,6 +71,15 @@ def of_rank(rank: int, ranks_per_gpu: int) -> int:
     return rank // ranks_per_gpu
 
 
+def socket_interface(launched: int | None) -> dict[str, str]:
+    """The variable that has NCCL meet on loopback, where all ranks are this command's and nobody has set another.
+
+    Ranks that a launcher has started find their interface on their own host (`parity.cluster.agent`).
+    """
+    name = "NCCL_SOCKET_IFNAME"
+    return {} if launched is not None else {name: os.environ.get(name, "lo")}
+
+
 def memory_fraction(ranks_per_gpu: int, frameworks: int = 2) -> float:
     """The part of a card that one rank of one framework may take, so that all ranks of all frameworks fit."""
     return round(MEMORY_SHARE / (ranks_per_gpu * frameworks), 4)

@@ -32,7 +32,6 @@ from parity.results import RankResult
 if TYPE_CHECKING:
     import jax
 
-LOOPBACK = "127.0.0.1"
 LEAST_DEVICES = 8
 """CPU devices of the single process: enough for most worlds, so that one process serves them all."""
 STUCK_SECONDS = 600
@@ -47,6 +46,7 @@ class JaxBackend(Backend):
     packages = ("jax", "jax_moe")
     install = "pip install moe-parity"
     blame_layer = True
+    collective_frames = ("jax/_src/distributed.py",)
 
     def processes(self, case: Case) -> int:
         # a process drives each of its GPUs as one rank, so ranks that share one are a process each
@@ -73,7 +73,7 @@ class JaxBackend(Backend):
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpu.memory_fraction(self.options.ranks_per_gpu)),
             # ours first: of a flag given twice XLA takes the last
             "XLA_FLAGS": " ".join([*_gpu_flags(), os.environ.get("XLA_FLAGS", "")]).strip(),
-            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+            **gpu.socket_interface(self.options.launched),
         }
         if self.options.nccl_library:
             out |= nccl.environment(Path(self.options.nccl_library))
@@ -88,7 +88,7 @@ class JaxBackend(Backend):
             if not self.gpu:
                 jax.config.update("jax_cpu_collectives_implementation", "gloo")
             if member.index == 0:
-                address = f"{LOOPBACK}:{_free_port()}"
+                address = _free_address(member.address)
                 member.publish(address)
             else:
                 address = member.receive()
@@ -97,8 +97,8 @@ class JaxBackend(Backend):
                 num_processes=member.processes,
                 process_id=member.index,
                 cluster_detection_method="deactivate",
-                coordinator_bind_address=address,  # loopback only; the default binds every interface
-                local_device_ids=[gpu.of_rank(member.index, member.options.ranks_per_gpu)] if self.gpu else None,
+                coordinator_bind_address=address,  # this one only; the default binds every interface
+                local_device_ids=[member.device_index] if self.gpu else None,
             )
         jax.devices()
         import jax_moe
@@ -269,8 +269,8 @@ def _native(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.view(ml_dtypes.bfloat16)
 
 
-def _free_port() -> int:
+def _free_address(host: str) -> str:
     """A port that was free a moment ago; if another process takes it, the pool is started once more."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return f"[{host}]:{probe.getsockname()[1]}" if ":" in host else f"{host}:{probe.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""torch_moe as a backend: one process a rank, gloo on CPU and NCCL on GPUs, met through a TCPStore on loopback."""
+"""torch_moe as a backend: one process a rank, gloo on CPU and NCCL on GPUs, met through a TCPStore."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from parity.results import RankResult
 if TYPE_CHECKING:
     import torch
 
-LOOPBACK = "127.0.0.1"
-
 
 class TorchBackend(Backend):
     """The PyTorch layer."""
@@ -45,10 +43,10 @@ class TorchBackend(Backend):
 
     def environment(self, case: Case) -> dict[str, str]:
         out = {"OMP_NUM_THREADS": str(max(1, cores() // case.world))}
-        if sys.platform in ("linux", "darwin"):
+        if sys.platform in ("linux", "darwin") and self.options.launched is None:
             out["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
         if self.options.platform == "gpu":
-            out["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", "lo")
+            out |= gpu.socket_interface(self.options.launched)
             if self.options.nccl_library:
                 out |= nccl.environment(Path(self.options.nccl_library))
         return out
@@ -61,17 +59,17 @@ class TorchBackend(Backend):
         self.rank, self.gpu = member.index, member.options.platform == "gpu"
         self.device = torch.device("cpu")
         if self.gpu:
-            self.device = torch.device("cuda", gpu.of_rank(member.index, member.options.ranks_per_gpu))
+            self.device = torch.device("cuda", member.device_index)
             if torch.cuda.device_count() <= self.device.index:
                 raise RuntimeError(f"torch sees {torch.cuda.device_count()} GPUs; rank {member.index} needs another")
             torch.cuda.set_device(self.device)
             torch.cuda.set_per_process_memory_fraction(gpu.memory_fraction(member.options.ranks_per_gpu), self.device)
         # Process 0 binds a port of the system's choice and the others are told: no port is guessed free and then lost.
         if member.index == 0:
-            store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+            store = dist.TCPStore(member.address, 0, is_master=True, wait_for_workers=False)
             member.publish(str(store.port))
         else:
-            store = dist.TCPStore(LOOPBACK, int(member.receive()), is_master=False)
+            store = dist.TCPStore(member.address, int(member.receive()), is_master=False)
         dist.init_process_group(
             "nccl" if self.gpu else "gloo", store=store, rank=member.index, world_size=member.processes
         )
