@@ -24,6 +24,7 @@ from parity.results import RankResult
 ANSWERS_KEPT = 4
 ANSWERS_BYTES = 1 << 30
 SCRATCH_PREFIX = "moe-parity-"
+FRESH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,8 @@ def scratch_folder() -> Iterator[Path]:
     base = Path(tempfile.gettempdir())
     for stale in base.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError), open(stale / ".lock", "r+") as lock:
+            if time.time() - stale.stat().st_mtime < FRESH_SECONDS:
+                continue  # ranks of a launch begin together: its owner may not have locked it yet
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner holds it for as long as it lives
             shutil.rmtree(stale, ignore_errors=True)
     with _room(base):

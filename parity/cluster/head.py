@@ -462,6 +462,8 @@ class Head:
                 link.reader.join(max(0.1, deadline - time.monotonic()))
             link.wire.close()
         if self._own is not None:
+            if not any(link.rank == 0 for link in self.links):  # it has not come so far as to be told
+                self._own.send_signal(signal.SIGTERM)
             try:
                 self._own.wait(END_SECONDS)
             except subprocess.TimeoutExpired:

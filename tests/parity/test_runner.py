@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -353,6 +354,9 @@ def test_scratch_space_is_removed_with_what_killed_runs_left(monkeypatch, tmp_pa
     stale = tmp_path / f"{runner.SCRATCH_PREFIX}stale"
     stale.mkdir()
     (stale / ".lock").touch()
+    with runner.scratch_folder():
+        assert stale.exists()  # it may be that of a run that has just begun
+    os.utime(stale, (1, 1))
     with runner.scratch_folder() as mine:
         assert not stale.exists()
         with runner.scratch_folder() as other:
