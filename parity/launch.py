@@ -23,6 +23,7 @@ from parity.arrays import ArrayRef
 from parity.backends.base import Backend
 from parity.backends.contract import ranks_fault
 from parity.case import Case
+from parity.causes import cause
 
 START_SECONDS = 180.0
 """Importing a framework on a cold, busy machine."""
@@ -298,8 +299,10 @@ class Pool:
         if dead:
             worker = dead[0]
             code = worker.process.poll()
-            if worker.state == "starting" and code is not None and code > 0:
-                return self._cannot_start(worker, _ending(code))
+            # a framework may crash rather than raise, and its log then has the reason
+            why = cause(self.tail(worker)) if worker.state == "starting" else None
+            if worker.state == "starting" and code is not None and (code > 0 or why):
+                return self._cannot_start(worker, f"{why} ({_ending(code)})" if why else _ending(code))
             phase = " while starting" if worker.state == "starting" else ""
             return self._error("died", dead, f"{_ending(code)}{phase}")
         worker = failed[0]
