@@ -85,9 +85,6 @@ NcclLibrary = Annotated[
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Skip cases that DIR already has (errors run again).")]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that does not pass.")]
-Frameworks = Annotated[
-    str | None, typer.Option("--frameworks", metavar="NAME,...", help="Which to run; jax,torch by default.")
-]
 NoStages = Annotated[bool, typer.Option("--no-stages", help="Do not compare stage by stage.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every case in the final table.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write JUnit XML.")]
@@ -441,9 +438,7 @@ def worker_command(
         def run(head: Head) -> int:
             chosen = _backends(frameworks, options)
             extra = {"launched": {"ranks": here.ranks, "by": here.source, "hosts": head.hosts()}}
-            return _run(
-                cases, chosen, out, resume, fail_fast, timeout, verbose, junit, not no_stages, head.pool, extra
-            )
+            return _run(cases, chosen, out, resume, fail_fast, timeout, verbose, junit, not no_stages, head.pool, extra)
 
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True)

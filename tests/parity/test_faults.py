@@ -1,4 +1,4 @@
-"""What goes wrong in the real frameworks' processes: each fault has its cause in words, exit 3, and leaves no process."""
+"""What goes wrong in the real frameworks' processes: each fault has its cause in words, and leaves no process."""
 
 import json
 import os

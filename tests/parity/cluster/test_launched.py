@@ -1,4 +1,4 @@
-"""`parity worker` as launchers start it: ranks on two "hosts" on loopback, and everything that can go wrong with one."""
+"""`parity worker` as launchers start it: ranks on two "hosts" on loopback, and what can go wrong with one."""
 
 import json
 import os
