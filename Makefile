@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 
-.PHONY: parity selftest huggingface test test-slow lint format venv docs clean
+.PHONY: parity selftest report huggingface test test-slow lint format venv docs clean
 
 parity: venv  ## both frameworks on four-rank CPU meshes, judged (the smoke grid)
 	$(BIN)/parity run --out parity-out
 
 selftest: venv  ## plant bugs, and see each one caught
-	$(BIN)/parity selftest
+	$(BIN)/parity selftest --out parity-out
+
+report: venv  ## a page of what the last two left: parity-out/report.html
+	$(BIN)/parity report parity-out
 
 huggingface: $(VENV)/.dev  ## both frameworks and the MoE blocks of Hugging Face transformers
 	$(BIN)/parity run --grid huggingface --frameworks 'jax,torch,hf-*' --out parity-out/huggingface

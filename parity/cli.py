@@ -506,18 +506,32 @@ def determinism_command(
         raise typer.Exit(status)
 
 
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder of results.")] = Path("parity-out"),
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page; DIR/report.html if not given.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the grid instead.")] = False,
+) -> None:
+    """Explain the results in DIR: one HTML page, self-contained."""
+    with _messages():
+        raise typer.Exit(report.main(folder, out, text, _console()))
+
+
 @app.command("selftest")
 def selftest_command(
     as_json: AsJson = False,
     timeout: Timeout = 180.0,
     match: Match = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write DIR/selftest.json.")] = None,
 ) -> None:
     """Plant bugs in the JAX layer and in the PyTorch layer, and show which gate catches each."""
     from parity import selftest
 
     with _messages():
         chosen = _backends(None, Options())
-        raise typer.Exit(selftest.main(chosen, timeout, match, as_json, _console(stderr=as_json)))
+        raise typer.Exit(selftest.main(chosen, timeout, match, as_json, _console(stderr=as_json), out=out))
 
 
 @app.command("bench")

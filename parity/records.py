@@ -12,8 +12,9 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -24,7 +25,9 @@ from parity.launch import InfrastructureError
 VERDICTS = ("pass", "fail", "error", "skip")
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
+SELFTEST = "selftest.json"
 FORMAT, VERSION = "parity-results", 2
+SELFTEST_FORMAT, SELFTEST_VERSION = "parity-selftest", 1
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -130,7 +133,7 @@ class Folder:
         self.path = path
         self.done: dict[str, Outcome] = {}
         """Outcomes of the cases asked for: those of earlier runs that stand, and those added since."""
-        with self._reporting():
+        with _reporting(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115 - held until close
             try:
@@ -149,7 +152,7 @@ class Folder:
                 again = {name for name, outcome in earlier.items() if outcome.verdict == "error" and name in cases}
                 kept = [outcome for name, outcome in earlier.items() if name not in again]
                 self.done = {outcome.case: outcome for outcome in kept if outcome.case in cases}
-                self._replace(results, "".join([_header(), *map(_line, kept)]))
+                _replace(results, "".join([_header(), *map(_line, kept)]))
             else:
                 if _holds_results(results):
                     os.replace(results, results.with_suffix(".previous.jsonl"))
@@ -159,42 +162,17 @@ class Folder:
                 self._file.write(_header())
                 self._file.flush()
 
-    @contextlib.contextmanager
-    def _reporting(self):
-        try:
-            yield
-        except OSError as error:
-            if error.errno in STORAGE_ERRORS:
-                raise InfrastructureError(
-                    f"cannot write to {str(self.path)!r}: {error.strerror}; free some space or give another --out, "
-                    "then go on with --resume"
-                ) from error
-            raise OutError(f"--out {str(self.path)!r} cannot be written: {error.strerror}; give a folder") from error
-
-    def _replace(self, path: Path, text: str) -> None:
-        """Write a file so that an interruption leaves the old one whole."""
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
     def add(self, outcome: Outcome) -> None:
         """Append an outcome; it is on its way to the disk when this returns."""
-        with self._reporting():
+        with _reporting(self.path):
             self._file.write(_line(outcome))
             self._file.flush()
         self.done[outcome.case] = outcome
 
     def summarize(self, summary: dict) -> None:
         """Write `summary.json`."""
-        with self._reporting():
-            self._replace(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        with _reporting(self.path):
+            _replace(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def __enter__(self) -> Folder:
         return self
@@ -203,6 +181,57 @@ class Folder:
         with contextlib.suppress(OSError):
             self._file.close()
         self._lock.close()
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in STORAGE_ERRORS:
+            raise InfrastructureError(
+                f"cannot write to {str(path)!r}: {error.strerror}; free some space or give another --out, "
+                "then go on with --resume"
+            ) from error
+        raise OutError(f"--out {str(path)!r} cannot be written: {error.strerror}; give a folder") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that an interruption leaves the old one whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, early enough to complain before a long run.
+
+    Raises:
+      OutError: it cannot be made.
+      InfrastructureError: no space is left.
+    """
+    with _reporting(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_selftest(path: Path, data: Mapping[str, Any]) -> None:
+    """Write `selftest.json` into a folder: what became of the planted bugs.
+
+    Raises:
+      OutError: it cannot be written.
+      InfrastructureError: no space is left.
+    """
+    header = {"format": SELFTEST_FORMAT, "version": SELFTEST_VERSION, "parity": package_version()}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    with _reporting(path):
+        _replace(path / SELFTEST, json.dumps(plain({**header, "finished": finished, **data}), indent=1) + "\n")
 
 
 def _holds_results(path: Path) -> bool:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from parity.case import Case
 from parity.grids import GridError
 from parity.launch import RankError
 from parity.mutations import Mutation
-from parity.records import plain
+from parity.records import make_folder, plain, write_selftest
 from parity.runner import Session, session
 from parity.verdict import GATES, Judgement
 from parity.verdict.tally import INFINITE
@@ -105,8 +106,9 @@ def main(
     as_json: bool,
     console: Console,
     say: Callable[[str], None] = print,
+    out: Path | None = None,
 ) -> int:
-    """Run the selftest and print its table, or JSON.
+    """Run the selftest and print its table, or JSON. With `out`, a folder, also leave `selftest.json` there.
 
     Returns:
       The exit status: 0 if every bug was caught and every case passes without one, else 1.
@@ -119,6 +121,8 @@ def main(
     if not catalog:
         names = ", ".join(m.name for m in mutations.CATALOG)
         raise GridError(f"-k {match!r} matches none of the bugs; allowed: {names}")
+    if out:
+        make_folder(out)
     began, findings = time.monotonic(), []
     with session(chosen, timeout) as live:
         for finding in run(live, catalog):
@@ -127,8 +131,10 @@ def main(
             console.print(f"{finding.outcome:8} {name} [dim]({finding.seconds:.1f} s)[/]", highlight=False)
     status = PASSED if all(finding.good for finding in findings) else FAILED
     seconds = time.monotonic() - began
+    data = {"passed": status == PASSED, "seconds": round(seconds, 3), "findings": [asdict(f) for f in findings]}
+    if out:
+        write_selftest(out, data)
     if as_json:
-        data = {"passed": status == PASSED, "seconds": round(seconds, 3), "findings": [asdict(f) for f in findings]}
         say(json.dumps(plain(data), indent=2))
     else:
         console.print(table(catalog, findings))

@@ -1,5 +1,6 @@
 """What people and other programs read of a run: tables on the terminal, one HTML page, JUnit XML."""
 
+from parity.report.command import main as main
 from parity.report.grid import margin as margin
 from parity.report.junit import check_junit as check_junit
 from parity.report.junit import write_junit as write_junit

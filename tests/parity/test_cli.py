@@ -107,6 +107,8 @@ def test_the_capability_table_is_what_cases_may_be():
         (["run", "--timeout", "0"], "'--timeout': 0 seconds; it must be more than 0"),
         (["run", "--out", "pyproject.toml"], "--out 'pyproject.toml' cannot be written"),
         (["run", "--junit", "."], "--junit '.' cannot be written: Is a directory; give a file"),
+        (["report", "tests"], "'tests' has no results.jsonl: it is no folder of results"),
+        (["report", "nowhere"], "'nowhere' is not there"),
         (["rum"], "No such command 'rum'"),
         (["selftest", "-k", "nosuch"], "matches none of the bugs; allowed: zero_output"),
     ],
@@ -193,6 +195,16 @@ def test_resuming_results_of_another_version_is_refused_with_exit_2(plugin, tmp_
     assert done.returncode == 2
     assert "is of version 99 of the format 'parity-results'; this parity" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_can_be_reported(plugin, tmp_path):
+    fake(case_id(1), case_id(trouble.WRONG), "--out", tmp_path)
+    done = parity("report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"2 cases in {tmp_path / 'report.html'}\n"
+    assert "1</span> of" in (tmp_path / "report.html").read_text()
+    done = parity("report", tmp_path, "--text")
+    assert [cell.strip() for cell in done.stdout.splitlines()[-3].split("│")][1:4] == ["DP", "local", "1/2"]
 
 
 def test_junit_xml_has_every_case(plugin, tmp_path):
