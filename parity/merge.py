@@ -65,6 +65,7 @@ def summary(outcomes: dict[str, Outcome], parts: Sequence[dict], folders: Sequen
         "counts": counts(outcomes.values()),
         "cases": sum(part.get("cases", 0) for part in parts) or len(outcomes),
         "not_run": sum(part.get("not_run", 0) for part in parts),
+        "cases_not_run": [text for part in parts for text in part.get("cases_not_run", []) if text not in outcomes],
         "exit_status": exit_code(outcomes.values()),
         "interrupted": any(part.get("interrupted") for part in parts),
         "trouble": "; ".join(part["trouble"] for part in parts if part.get("trouble")),

@@ -24,7 +24,7 @@ from parity.launch import InfrastructureError
 from parity.records import Outcome
 from parity.report.folder import Run
 from parity.report.grid import NOT_RUN, STATES, coordinates, grid, margin
-from parity.report.terminal import duration
+from parity.report.terminal import duration, notes
 from parity.report.words import words
 from parity.stages import STAGES
 
@@ -96,7 +96,9 @@ def overview(run: Run) -> dict[str, Any]:
         "finished": _time(summary.get("finished")),
         "seconds": _finite(summary.get("seconds")),
         "command": command_line(summary.get("command")),
+        "notes": [clean(note) for note in notes(outcomes.values())],
         "environment": _environment(summary),
+        "parts": _parts(summary),
         "kills": kill_matrix(run.selftest),
     }
 
@@ -135,16 +137,28 @@ def histogram(margins: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _environment(summary: Mapping) -> list[tuple[str, str]]:
-    versions, platform = _mapping(summary.get("versions")), _mapping(summary.get("platform"))
-    cores = [("cores", str(platform["cores"]))] if "cores" in platform else []
-    rest = [(str(key), str(value)) for key, value in platform.items() if key not in ("system", "machine", "cores")]
-    return [
-        *((str(name), str(value)) for name, value in versions.items()),
-        *(("system", str(platform["system"])) for _ in "1" if "system" in platform),
-        *(("machine", str(platform["machine"])) for _ in "1" if "machine" in platform),
-        *cores,
-        *rest,
-    ]
+    """Versions, then the machine; where joined runs differ in them, all of what they say."""
+    out: list[tuple[str, str]] = []
+    for part in ("versions", "platform"):
+        several = summary.get(f"{part}_differ")
+        several = [_mapping(one) for one in (several if isinstance(several, list) else [summary.get(part)])]
+        for name in dict.fromkeys(str(key) for one in several for key in one):
+            values = dict.fromkeys(_plain(one[name]) for one in several if one.get(name) not in (None, "", []))
+            out += [(name.replace("_", " "), "; ".join(values))] if values else []
+    return out
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else clean(str(value))
+
+
+def _parts(summary: Mapping) -> list[tuple[str, str]]:
+    """The runs that were joined: folder, command."""
+    parts = summary.get("parts")
+    parts = [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    return [(clean(str(part.get("folder"))), command_line(part.get("command"))) for part in parts]
 
 
 def kill_matrix(selftest: Mapping | None) -> dict[str, Any] | None:

@@ -52,16 +52,21 @@ def notes(outcomes: Iterable[Outcome]) -> list[str]:
     skipped: dict[str, Counter[str]] = {}
     unseen: dict[str, dict[str, None]] = {}
     for outcome in outcomes:
-        for name, reason in outcome.metrics.get("skipped", {}).items():
+        for name, reason in _mapping(outcome.metrics.get("skipped")).items():
             skipped.setdefault(name, Counter())[reason] += 1
-        for name, side in outcome.metrics.get("frameworks", {}).items():
-            unseen.setdefault(name, {}).update(dict.fromkeys(side.get("not_checked", ())))
+        for name, side in _mapping(outcome.metrics.get("frameworks")).items():
+            unseen.setdefault(name, {}).update(dict.fromkeys(_mapping(side).get("not_checked") or ()))
     lines = []
     for name, reasons in skipped.items():
         (reason, count), others = reasons.most_common(1)[0], len(reasons) - 1
         more = f" ({count} of them; {others} other reason{'s' * (others > 1)})" if others else ""
         lines.append(f"{name} skipped {reasons.total()} of {len(outcomes)} cases: {reason}{more}")
     return lines + [f"{name} was not checked for: {'; '.join(parts)}" for name, parts in unseen.items() if parts]
+
+
+def _mapping(value: object) -> Mapping:
+    """What a results file holds may come from elsewhere."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def final_table(console: Console, ids: Sequence[str], outcomes: Mapping[str, Outcome], verbose: bool) -> None:

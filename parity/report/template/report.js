@@ -34,7 +34,7 @@
       if (Number.isInteger(value)) return value.toLocaleString("en");
       return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? String(value) : value.toExponential(2);
     }
-    return typeof value === "object" ? JSON.stringify(value) : String(value);
+    return typeof value === "object" ? Object.entries(value).map(([k, v]) => `${k}: ${figure(v)}`).join("; ") : String(value);
   };
   const list = (value) => (Array.isArray(value) ? value.join(", ") : figure(value));
   const duration = (s) => (s < 60 ? s.toFixed(1) + " s" : Math.floor(s / 60) + " min " + Math.round(s % 60) + " s");
@@ -121,7 +121,8 @@
   const LABELS = {
     observed_over_model: "observed error over predicted", relative_frobenius: "relative error, all tokens",
     worst_token_relative: "relative error, worst token", max_abs: "largest absolute error", signed_bias: "signed bias",
-    exemptions: "tokens exempt from the choice", exemptions_possible: "tokens that could be", not_checked: "not shown by it",
+    exemptions: "tokens exempt from the choice", exemptions_possible: "tokens that could be",
+    exemptions_expected: "exempt tokens expected", exemptions_allowed: "exempt tokens allowed", skipped: "skipped by", not_checked: "not shown by it",
     error_ratio: "ratio of their errors", error_ratio_usual: "within 1/2 and 2", bitwise_equal: "share of equal elements",
   };
   const DRAWN = new Set(["ulps", "worst", "worst_rows", "by_rank", "by_expert", "by_rank_and_expert", "stages"]);

@@ -11,6 +11,12 @@ from parity.records import Folder, Outcome
 from parity.stages import STAGES
 
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>&amp;\"'"
+MESHES = (
+    "dp1.tp1/local", "dp1.tp2/local", "dp2.tp1/local", "dp2.tp2/local", "dp2.tp2.ep.nosp/allgather",
+    *(f"{mesh}/{transport}" for mesh in ("dp2.tp1.ep", "dp2.tp2.ep", "dp2.tp2.ep.native")
+      for transport in ("allgather", "ragged", "padded")),
+)  # fmt: skip
+CASES = [f"{mesh}/{fmt}/t{t}.d64.f48/e8.k2/gate" for mesh in MESHES for fmt in ("bf16", "f32") for t in (5, 7)]
 NOT_RUN = "dp1.tp1/local/bf16/t13.d64.f48/e8.k2/gate+seed77"
 SEP = "dp2.tp2.ep/allgather/bf16/t13-6.d64.f48/e8.k2/shared+gate"
 
@@ -73,10 +79,10 @@ def failing(case, rng, reason):
     return dataclasses.replace(outcome, verdict="fail", reason=f"oracle: torch: {reason}")
 
 
-def outcomes(grid="smoke"):
-    """One outcome a case: a failure, an error, a skip and one with markup in every text, the others pass."""
+def outcomes(grid=None):
+    """One outcome a case: a failure, an error, a skip and one with markup in every text; CASES, or a grid's, pass."""
     rng = np.random.default_rng(0)
-    cases = load(grid)
+    cases = load(grid) if grid else map(Case.parse, CASES)
     found = [passing(case, rng) for case in cases]
     sep = Case.parse(SEP)
     found.append(failing(sep, rng, "token 22 (DP rank 1, row 9; experts 0, 3, on ranks 0, 1) is off by 41.5 times its "
@@ -99,7 +105,7 @@ def summary(found):
         "counts": {}, "cases": len(found) + 1, "not_run": 1, "cases_not_run": [NOT_RUN], "exit_status": 1,
         "interrupted": False, "trouble": "", "seconds": 95.25, "finished": "2026-11-24T19:08:45+00:00",
         "versions": {"parity": "0.1.0", "python": "3.11.7", "jax": "0.10.2", "torch": "2.13.0+cpu", "x": HOSTILE},
-        "platform": {"system": "Linux-6.1-x86_64", "machine": "x86_64", "cores": 2},
+        "platform": {"system": "Linux-6.1-x86_64", "machine": "x86_64", "cores": 2, "gpus": ["H100", "H200"]},
         "command": ["parity", "run", "--grid", "smoke", "--platform", "cpu", "--jax-processes", HOSTILE],
     }  # fmt: skip
 

@@ -49,11 +49,11 @@ def test_a_view_loads_without_errors_and_asks_the_network_for_nothing(browser, p
 def test_the_grid_counts_every_case(browser, page):
     browser.open(page)
     shown = {cell.get_attribute("data-cell"): cell.text.split() for cell in browser.all(".cell")}
-    assert shown["EP+SP/allgather/bf16"][:3] == ["7/9", "2", "fail"]
-    assert shown["DP+EP/padded/bf16"][:3] == ["3/4", "1", "error"]
-    assert shown["DP+EP/ragged/f32"][:3] == ["0/1", "1", "skip"]
+    assert shown["EP+SP/allgather/bf16"][:3] == ["2/4", "2", "fail"]
+    assert shown["DP+EP/padded/bf16"][:3] == ["2/3", "1", "error"]
+    assert shown["DP+EP/ragged/f32"][:3] == ["2/3", "1", "skip"]
     assert shown["single/local/bf16"][:4] == ["2/3", "1", "not", "run"]
-    assert shown["TP/local/f32"][:2] == ["1/1", "pass"]
+    assert shown["TP/local/f32"][:2] == ["2/2", "pass"]
     found = made_up.outcomes()
     counts = [words[0].split("/") for words in shown.values()]
     assert sum(int(total) for _, total in counts) == len(found) + 1
@@ -65,7 +65,7 @@ def test_a_cell_leads_to_its_cases_and_a_case_to_its_stages(browser, page):
     browser.open(page)
     browser.find('[data-cell="EP+SP/allgather/bf16"]').click()
     browser.settled(cell_link("EP+SP", "allgather", "bf16"))
-    assert browser.find("[role=status]").text == f"9 of {len(made_up.outcomes()) + 1} cases."
+    assert browser.find("[role=status]").text == f"4 of {len(made_up.outcomes()) + 1} cases."
     rows = [
         link for link in browser.all("#cases-view li a") if link.find_element("css selector", ".id").text == made_up.SEP
     ]

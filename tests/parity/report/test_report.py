@@ -15,7 +15,7 @@ from parity.grids import load as load_grid
 from parity.records import OutError
 from parity.report.command import main
 from parity.report.folder import load
-from parity.report.html import clean, data, histogram, kept_options, kill_matrix, number, render
+from parity.report.html import clean, data, histogram, kept_options, kill_matrix, number, overview, render
 from parity.report.words import words
 from tests.parity.report import made_up
 
@@ -102,8 +102,8 @@ def test_the_data_of_the_page_is_that_of_the_results(page):
 
 def test_the_report_has_the_grid_as_the_terminal_prints_it(page):
     printed = text_of(page.parent, text=True)
-    assert re.search(r"EP\+SP +│ allgather +│ +7/9 │ +41\.50", printed)
-    assert "53 pass, 2 fail, 1 error, 1 skip, 1 not run" in printed
+    assert re.search(r"EP\+SP +│ allgather +│ +2/4 │ +41\.50", printed)
+    assert "56 pass, 2 fail, 1 error, 1 skip, 1 not run" in printed
     assert "report.html" not in printed
 
 
@@ -165,12 +165,36 @@ def test_a_run_that_was_killed_can_be_reported(tmp_path):
     assert 'id="kills"' not in text
 
 
+def test_joined_runs_say_where_they_differ_and_what_they_were(tmp_path):
+    folder = made_up.folder(tmp_path)
+    summary = made_up.summary(made_up.outcomes())
+    summary["versions_differ"] = [{"jax": "0.10.2", "torch": "2.13"}, {"jax": "0.11.2", "torch": "2.13"}]
+    summary["parts"] = [
+        {"folder": "a", "command": ["parity", "run", "--shard", "1/2"]},
+        {"folder": "b", "command": None},
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    shown = overview(load(folder))
+    assert shown["environment"][:2] == [("jax", "0.10.2; 0.11.2"), ("torch", "2.13")]
+    assert ("gpus", "H100, H200") in shown["environment"]
+    assert shown["parts"] == [("a", "parity run --shard 1/2"), ("b", "")]
+    assert "parity run --shard 1/2" in render(load(folder))
+
+
+def test_what_the_verdicts_do_not_say_is_on_the_first_view(tmp_path):
+    half = made_up.outcomes()[0]
+    half.metrics["frameworks"]["torch"]["not_checked"] = ["repeated run", made_up.HOSTILE]
+    half.metrics["skipped"] = {"mine": "no padded transport"}
+    text = render(load(made_up.folder(tmp_path, [half])))
+    assert "mine skipped 1 of 1 cases: no padded transport" in text
+    assert "torch was not checked for: repeated run; &lt;/script&gt;" in text
+
+
 # Planted bugs.
 def _finding(**values):
     """A finding with what matters; whatever else there is to say is empty."""
-    return selftest.Finding(
-        **{field.name: values.get(field.name, "") for field in dataclasses.fields(selftest.Finding)}
-    )
+    empty = {field.name: "" for field in dataclasses.fields(selftest.Finding)} | {"margin": None}
+    return selftest.Finding(**empty | values)
 
 
 def test_the_selftest_leaves_what_the_report_shows(tmp_path, monkeypatch):
