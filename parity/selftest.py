@@ -131,7 +131,9 @@ def main(
             console.print(f"{finding.outcome:8} {name} [dim]({finding.seconds:.1f} s)[/]", highlight=False)
     status = PASSED if all(finding.good for finding in findings) else FAILED
     seconds = time.monotonic() - began
-    data = {"passed": status == PASSED, "seconds": round(seconds, 3), "findings": [asdict(f) for f in findings]}
+    what = {mutation.name: mutation.what for mutation in catalog}
+    rows = [asdict(finding) | {"what": what.get(finding.mutation, "")} for finding in findings]
+    data = {"passed": status == PASSED, "seconds": round(seconds, 3), "findings": rows}
     if out:
         write_selftest(out, data)
     if as_json:

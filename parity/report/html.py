@@ -28,13 +28,15 @@ from parity.report.terminal import duration, notes
 from parity.report.words import words
 from parity.stages import STAGES
 
+INFINITE = 1e9
+"""What a margin reads in results where nothing may be off and something is."""
 BINS = 20
 """Of the histogram of margins, between 0 and the bound."""
 SHOWN = 40
 """Cases that did not pass on the first view; the list has all."""
 CLOSEST = 8
-KEPT_OPTIONS = {"--platform", "--timeout", "--backend", "-b", "--frameworks", "--ranks-per-gpu", "--nccl-library"}
-KEPT_SWITCHES = {"--jax-processes", "--no-stages"}
+KEPT_OPTIONS = {"--platform", "--timeout", "--frameworks", "--ranks-per-gpu", "--nccl-library"}
+KEPT_SWITCHES = {"--jax-processes"}
 """Options that decide how a case runs: they belong into the command that runs it again."""
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 CONTROL = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
@@ -299,6 +301,8 @@ def number(value: float | None) -> str:
     """A margin as people read it."""
     if value is None:
         return "–"
+    if value >= INFINITE:
+        return "∞"
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 

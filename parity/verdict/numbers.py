@@ -17,13 +17,12 @@ from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, bound, elem
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import assemble, expert_ranks, holdings, home, listed, place
 from parity.verdict.structure import choices, exempt, shown
+from parity.verdict.tally import INFINITE
 
 ERROR_RATIO = 2.0
 """Frameworks whose errors differ by more than this factor are reported: one of them rounds more often."""
 ULPS = (0.5, 1, 2, 4, 8)
 WORST_ROWS = 10
-INFINITE = 1e9
-"""What a margin of infinity reads in lists of margins: JSON has no infinity, and null says that nothing is there."""
 
 
 def nontrivial(case: Case, reference: Reference) -> Gate:

@@ -218,6 +218,7 @@ def test_the_selftest_leaves_what_the_report_shows(tmp_path, monkeypatch):
     assert kills["frameworks"] == ["jax", "torch"]
     row = kills["rows"]["zero_output"]
     assert row["cases"] == [made_up.SEP]
+    assert row["what"] == "the output is all zeros"
     assert (row["found"]["jax"]["good"], row["found"]["jax"]["gates"]) == (True, ["oracle"])
     assert row["found"]["torch"]["outcome"] == "survived"
     assert "1 of 2" in render(run)
@@ -258,17 +259,17 @@ def test_margins_are_binned_against_the_bound():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0.5, "0.50"), (41.5, "41.50"), (1234.5, "1,234"), (2e9, "2.0e+09")]
+    ("value", "text"), [(None, "–"), (0.5, "0.50"), (41.5, "41.50"), (1234.5, "1,234"), (2e8, "2.0e+08"), (1e9, "∞")]
 )
 def test_a_margin_as_people_read_it(value, text):
     assert number(value) == text
 
 
 def test_the_command_that_runs_a_case_again_keeps_what_decides_how_it_runs():
-    command = ["parity", "run", "--grid", "vllm", "-k", "x", "--platform", "gpu", "--jax-processes", "-b", "jax",
-               "--out", "o", "--timeout=9", "--resume"]  # fmt: skip
-    assert kept_options(command) == "--platform gpu --jax-processes -b jax --timeout=9"
-    assert kept_options(["parity", "run", "-b", "a; rm"]) == "-b 'a; rm'"
+    command = ["parity", "run", "--grid", "vllm", "-k", "x", "--platform", "gpu", "--jax-processes",
+               "--frameworks", "jax", "--out", "o", "--timeout=9", "--resume"]  # fmt: skip
+    assert kept_options(command) == "--platform gpu --jax-processes --frameworks jax --timeout=9"
+    assert kept_options(["parity", "run", "--frameworks", "a; rm"]) == "--frameworks 'a; rm'"
     assert kept_options(None) == ""
 
 
