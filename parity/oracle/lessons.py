@@ -35,10 +35,11 @@ def teach(case: Case, arrays: Mapping[str, ArrayRef], folder: Path) -> tuple[Ref
     lessons = write(case, free, folder)
 
     @functools.cache
-    def taught(skips: frozenset[str] = frozenset()) -> Reference:
+    def taught(skips: frozenset[str]) -> Reference:
         return reference(case, arrays, hands=TaughtHands(case, lessons, skips))
 
-    return dataclasses.replace(free, taught=taught), lessons
+    # the default is filled in here, or the cache would take it for another argument
+    return dataclasses.replace(free, taught=lambda skips=frozenset(): taught(skips)), lessons
 
 
 def write(case: Case, free: Reference, folder: Path) -> dict[str, ArrayRef]:

@@ -240,3 +240,9 @@ def test_a_taught_stage_has_its_own_error_alone(teacher):
     for name in ("gate_up", "activation", "down", "combine"):
         assert (taught.stages[name].before < free.stages[name].before + 1e-30).all(), name
     assert taught.choice_variance.max() == 0 < taught.logit_variance.max()
+
+
+def test_what_is_taught_is_computed_once(teacher):
+    _, _, free = teacher(f"{STAGED}/shared+gate+latent")
+    assert free.taught() is free.taught(frozenset())
+    assert free.taught(frozenset({"gate_up"})) is not free.taught()
