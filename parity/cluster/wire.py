@@ -16,6 +16,7 @@ Nothing is pickled: results and lessons are NumPy's npz and raw bytes. The conne
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -210,6 +211,7 @@ def versions() -> dict[str, str]:
     return out
 
 
+@functools.cache
 def _sources() -> str:
     """A digest of every Python file of the three packages: clones of one version may differ."""
     root, found = Path(__file__).resolve().parents[2], hashlib.sha256()

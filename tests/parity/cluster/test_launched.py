@@ -69,6 +69,7 @@ def summary(launch):
 
 
 # What passes.
+# The one test of the whole: two launchers, four agents, eight workers. Most of its time is imports.
 def test_two_launchers_of_torchrun_with_two_ranks_each_run_both_frameworks(launch):
     for node in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
@@ -104,6 +105,17 @@ def test_tasks_of_a_slurm_step_run_what_they_are_enough_for_and_a_stranger_at_th
     assert verdicts(launch)[case_id(trouble.WRONG)] == "fail"
     assert "3 ranks are needed; 2 were launched" in launch.said(0)
     assert summary(launch)["platform"]["launched"]["by"] == "SLURM_PROCID"
+    assert launch.left_behind() == []
+
+
+@pytest.mark.slow  # frameworks are imported once more; that they run at all the test of torchrun shows
+def test_tasks_of_a_slurm_step_run_both_frameworks(launch):
+    for task in range(2):
+        variables = {"SLURM_PROCID": str(task), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+        command = [sys.executable, "-m", "parity", "worker", *JAX_AND_TORCH, "--port", str(launch.port)]
+        launch.start(f"host{task}", [*command, "--out", str(launch.out)], **variables, SLURM_JOB_NODELIST="localhost")
+    assert launch.end(300) == [0, 0], launch.said(0) + launch.said(1)
+    assert verdicts(launch) == {JAX_AND_TORCH[0]: "skip", JAX_AND_TORCH[1]: "pass"}
     assert launch.left_behind() == []
 
 
