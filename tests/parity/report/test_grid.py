@@ -22,8 +22,8 @@ IDS = [
     "from/another/parity",
 ]
 FOUND = [
-    outcome(IDS[0], margin=0.25),
-    outcome(IDS[1], "fail", margin=3.5),
+    outcome(IDS[0], "fail", margin=3.5),
+    outcome(IDS[1], margin=0.25),
     outcome(IDS[3], "skip"),
     outcome(IDS[4], margin=0.5),
     outcome(IDS[5], "error"),
@@ -70,8 +70,8 @@ def test_the_terminal_shows_the_grid_and_what_did_not_pass():
     ] == ["EP+SP", "allgather", "1/3", "3.50"]
     assert "[bold]why[/]" in text  # a reason is no markup
     assert "2 pass, 1 fail, 1 error, 1 skip, 1 not run" in text
-    assert IDS[0] not in text
-    assert IDS[0] in printed(200, IDS, {found.case: found for found in FOUND}, True)
+    assert IDS[1] not in text
+    assert IDS[1] in printed(200, IDS, {found.case: found for found in FOUND}, True)
 
 
 def test_the_grid_fits_a_terminal_of_eighty_columns():
