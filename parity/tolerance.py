@@ -142,6 +142,16 @@ class ErrorModel:
         """
         return UNIT_ROUNDOFF["f32"] * (depth / TENSOR_CORE_DEPTH + 1) if depth else 0.0
 
+    def tail(self, depth: int) -> float:
+        """How much wider than a Gaussian's the tail of one element of a product is taught: its roundings are few.
+
+        The variance counts the terms that make a sum round on average; a single sum may round at any of them, so its
+        tail is taken from the variance of roundings at every term.
+        """
+        if not (self.narrow and depth):
+            return 1.0
+        return float(1 / np.sqrt(self._rounding_share(np.ones(1), np.zeros(1), depth)[0]))
+
     def _rounding_share(self, product2: np.ndarray, out: np.ndarray, depth: int) -> np.ndarray:
         """Which share of the terms can make a float32 sum round: a bfloat16 product is exact, and too short to.
 

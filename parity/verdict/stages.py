@@ -175,6 +175,7 @@ def _tallied(
         columns if taught and stage.name not in MIXING else min(columns, freedom(case)),
         drifts=taught and stage.name not in MIXING,
         truncation=model.truncation(_depth(case, stage.name)),
+        tail=model.tail(_depth(case, stage.name)) if taught else 1.0,
     )
     # taught, nothing but a sum over tp is left of what its parts add
     parts = shares_tokens(case) if taught and stage.name in ("latent_out", "reduce") else splits_width(case)

@@ -50,12 +50,13 @@ class Worst:
 class Tally:
     """Adds up blocks of one stage. `freedom`: independent errors in a row; `drifts`: whether errors have no business
     to lean one way, because each element has its own; `truncation`: how far sums may lean all the same, relative to
-    their result (`ErrorModel.truncation`)."""
+    their result (`ErrorModel.truncation`); `tail`: how much wider than a Gaussian's an element's is."""
 
     model: ErrorModel
     freedom: int
     drifts: bool
     truncation: float = 0.0
+    tail: float = 1.0
     worst: Worst | None = None
     lost: str = ""
     """Why some rows have nothing to be held to."""
@@ -110,7 +111,7 @@ class Tally:
 
     def _element_limit(self, expected: Expected) -> np.ndarray:
         statistical = expected.before if expected.sharp else expected.before + expected.own
-        limit = SLACK * SIGMAS * self.model.unit * np.sqrt(statistical)
+        limit = SLACK * SIGMAS * self.tail * self.model.unit * np.sqrt(statistical)
         if expected.sharp:
             # the one rounding's size, in case a product was rounded before its bias
             limit = limit + self.model.u * np.sqrt(expected.own) * (expected.own > 0)

@@ -1,16 +1,15 @@
 import numpy as np
 import pytest
 
+from parity.arrays import bits_of_float32, float32_of_bits
 from parity.case import Case
 from parity.oracle.network import activation
 from parity.oracle.value import Value
-from parity.tolerance import RMS, ErrorModel, bound, element_bound, spread
+from parity.tolerance import RMS, SIGMAS, SLACK, ErrorModel, bound, element_bound, spread
 
 
 def test_one_rounding_costs_what_the_constant_says():
     values = np.exp2(np.random.default_rng(0).uniform(0, 8, 200_000)).astype(np.float32)
-    from parity.arrays import bits_of_float32, float32_of_bits
-
     relative = (float32_of_bits(bits_of_float32(values)) - values) / values
     assert np.sqrt(np.mean(relative.astype(float) ** 2)) / ErrorModel("bf16").u == pytest.approx(RMS, rel=0.02)
 
@@ -44,8 +43,6 @@ def test_a_running_float32_sum_errs_as_the_model_says(depth, mean):
 @pytest.mark.parametrize("depth", [32, 256, 2048])
 @pytest.mark.parametrize("mean", [0.0, 0.5])
 def test_a_running_sum_of_bfloat16_products_rounds_less_often_and_the_model_knows(depth, mean):
-    from parity.arrays import bits_of_float32, float32_of_bits
-
     rng = np.random.default_rng(3)
     a, b = (float32_of_bits(bits_of_float32(rng.standard_normal(shape).astype(np.float32) + np.float32(mean)))
             for shape in ((400, depth), (depth,)))  # fmt: skip
@@ -102,3 +99,23 @@ def test_a_weighted_sum_added_best_first_errs_as_the_model_says(count):
     whole = terms.sum(axis=1) ** 2 if count > 1 else 0.0
     variance = model.combine((terms**2).sum(axis=1), inside + whole)
     assert np.sqrt(((total - terms.sum(axis=1)) ** 2).sum() / variance.sum()) / model.unit == pytest.approx(1, abs=0.1)
+
+
+def test_single_elements_of_short_products_stay_within_the_tail_of_few_roundings():
+    model, depth = ErrorModel("bf16"), 48
+    rng = np.random.default_rng(0)
+
+    def narrow(values):
+        return float32_of_bits(bits_of_float32(values))
+
+    gate, up = rng.standard_normal((2, 1500, depth))
+    a = narrow(gate / (1 + np.exp(-gate)) * up)  # heavy tails, as activations have
+    b = narrow(rng.standard_normal((1500, depth)))
+    total = np.zeros((len(a), len(b)), np.float32)
+    for k in range(depth):
+        total += np.outer(a[:, k], b[:, k])
+    exact = a.astype(float) @ b.T.astype(float)
+    variance = model.matmul((a.astype(float) ** 2).sum(1, keepdims=True), (b.astype(float) ** 2).sum(1), exact, depth)
+    error = np.abs(total - exact) / (SLACK * SIGMAS * model.unit * np.sqrt(variance))
+    assert error.max() > 1  # so a Gaussian's tail is too short
+    assert 0.3 < error.max() / model.tail(depth) < 1
