@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from parity import backends, delivery, grids, mutations, report, tolerance
 from parity.backends.base import Options
 from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
-from parity.stages import NAMES
+from parity.stages import NAMES, STAGES
 from parity.verdict import GATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,6 +284,23 @@ def test_the_measured_tables_have_the_rows_of_the_script_and_no_margin_above_one
         for _, text in rows:
             for fmt in script.FORMATS:
                 Case.parse(text.format(fmt))
+
+
+def test_the_measured_stages_are_all_there_and_the_plot_is_of_the_points_that_are_kept():
+    script = load_script(DOCS / "measure_error_model.py")
+    head, *shown = table_rows(page("numerics.md").split("## Measured")[1], "stage")
+    assert [row[0] for row in shown] == [stage.title for stage in STAGES]
+    assert head[1:] == [f"{name} {fmt}" for fmt in script.FORMATS for name in backends.DEFAULT]
+    margins = [float(m) for row in shown for cell in row for m in re.findall(r"to (\d\.\d\d)\)", cell)]
+    assert len(margins) > 30
+    assert max(margins) <= 1
+    data = json.loads(script.DATA.read_text(encoding="utf-8"))
+    assert list(data) == head[1:]
+    assert script.PLOT.read_text(encoding="utf-8") == script.draw(data)
+    # every stage, dtype and framework of the sweep within a factor of its prediction, and none beyond the bound's slack
+    ratios = [observed / predicted for points in data.values() for predicted, observed in points]
+    assert len(ratios) > 500
+    assert max(ratios) < tolerance.SLACK
 
 
 def test_the_error_models_by_stage_are_those_of_the_code():
