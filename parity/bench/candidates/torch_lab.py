@@ -51,7 +51,7 @@ class Lab:
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         kind = torch.cuda.get_device_name() if self.on_gpu else platform.machine()
         self.versions = {"torch": torch.__version__, "device": kind}
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(False)  # for the process, which serves nothing else
 
     def normal(self, seed: int, shape: tuple[int, ...], deviation: float) -> torch.Tensor:
         count, factor = math.prod(shape), draws.factor(deviation)
