@@ -30,6 +30,7 @@ from parity.launch import InfrastructureError, Pool
 from parity.records import Folder, Outcome, OutError, counts, exit_code, package_version
 from parity.runner import Harness, session
 from parity.runner import run as run_cases
+from parity.signals import handled
 
 PASSED, FAILED, USAGE, BROKEN = 0, 1, 2, 3
 INTERRUPTED = 130
@@ -315,10 +316,6 @@ def _summary(
     interrupted: bool,
     trouble: str,
 ) -> dict:
-    worst = sorted(
-        (outcome for outcome in outcomes.values() if report.margin(outcome) is not None),
-        key=lambda outcome: -(report.margin(outcome) or 0.0),
-    )
     return {
         "counts": counts(outcomes.values()),
         "notes": report.notes(outcomes.values()),
@@ -333,7 +330,7 @@ def _summary(
         "versions": {"parity": package_version(), "python": platform.python_version(), **versions},
         "platform": {"system": platform.platform(), "machine": platform.machine(), "cores": cores()},
         "command": ["parity", *sys.argv[1:]],
-        "worst_margins": [{"case": o.case, "verdict": o.verdict, "margin": report.margin(o)} for o in worst[:10]],
+        "worst_margins": report.worst_margins(outcomes.values()),
     }
 
 
@@ -372,13 +369,8 @@ def _terminable() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
+    with handled((signal.SIGTERM, signal.SIGHUP), interrupt):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 @app.command("worker")

@@ -57,10 +57,6 @@ def summary(outcomes: dict[str, Outcome], parts: Sequence[dict], folders: Sequen
     """One summary of several: counts anew, time from the first start to the last end, the commands of all."""
     timed = [(datetime.fromisoformat(part["finished"]), part["seconds"]) for part in parts if "finished" in part]
     ends, begins = [end for end, _ in timed], [end - timedelta(seconds=seconds) for end, seconds in timed]
-    worst = sorted(
-        (outcome for outcome in outcomes.values() if report.margin(outcome) is not None),
-        key=lambda outcome: -(report.margin(outcome) or 0.0),
-    )
     out = {
         "counts": counts(outcomes.values()),
         "cases": sum(part.get("cases", 0) for part in parts) or len(outcomes),
@@ -76,7 +72,7 @@ def summary(outcomes: dict[str, Outcome], parts: Sequence[dict], folders: Sequen
             for folder, part in zip(folders, parts, strict=False)
         ],
         "command": next((part["command"] for part in parts if "command" in part), []),
-        "worst_margins": [{"case": o.case, "verdict": o.verdict, "margin": report.margin(o)} for o in worst[:10]],
+        "worst_margins": report.worst_margins(outcomes.values()),
     }
     for key in SAME:
         values = [part[key] for part in parts if key in part]

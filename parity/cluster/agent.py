@@ -34,6 +34,7 @@ from parity.cluster.place import TOKEN, Place
 from parity.cluster.wire import RefusedError, Wire, WireError, greet, versions
 from parity.launch import InfrastructureError, start
 from parity.runner import scratch_folder
+from parity.signals import handled
 
 CONNECT_SECONDS = 10.0
 LOG_BYTES = 1 << 20
@@ -295,13 +296,8 @@ def _signals() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise _EndedError(signal.Signals(number).name)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.signal(number, end) for number in numbers]
-    try:
+    with handled((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), end):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def own(place: Place, seconds: float) -> subprocess.Popen:

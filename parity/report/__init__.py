@@ -2,6 +2,7 @@
 
 from parity.report.command import main as main
 from parity.report.grid import margin as margin
+from parity.report.grid import worst_margins as worst_margins
 from parity.report.junit import check_junit as check_junit
 from parity.report.junit import write_junit as write_junit
 from parity.report.terminal import capabilities as capabilities

@@ -58,6 +58,13 @@ def margin(outcome: Outcome) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def worst_margins(outcomes: Iterable[Outcome], count: int = 10) -> list[dict]:
+    """The cases that came nearest to their bounds or went over them, the worst first."""
+    found = [(value, outcome) for outcome in outcomes if (value := margin(outcome)) is not None]
+    found.sort(key=lambda pair: -pair[0])
+    return [{"case": o.case, "verdict": o.verdict, "margin": value} for value, o in found[:count]]
+
+
 def coordinates(text: str) -> tuple[str, str, str]:
     """Mode, transport and format of a case id."""
     try:

@@ -108,8 +108,10 @@ def blocks(
              for rank in range(case.world)]  # fmt: skip
 
     def rounded(block: Block) -> bool:
-        if on_grid(block.got) or bias_of is None or block.slot is None:
-            return on_grid(block.got)
+        if on_grid(block.got):
+            return True
+        if bias_of is None or block.slot is None:
+            return False
         return added_on_grid(block.got, bias_of(block.token, block.slot))
 
     if not together:

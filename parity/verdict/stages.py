@@ -146,7 +146,7 @@ def _judged(
         tally = _tallied(case, stage, reference, found, where, model, ids, taught)
     except Misshapen as fault:
         return Found(INFINITE, str(fault), None, None, None)
-    margin, words = tally.findings()[0] if tally.findings() else (0.0, "")
+    margin, words = next(iter(tally.findings()), (0.0, ""))
     return Found(margin, words, tally.worst, tally.observed_over_model, tally.predicted)
 
 
