@@ -25,7 +25,7 @@ ACROSS_NODES: frozenset[str] = frozenset({"ragged", "padded"})
 """Transports that can enter a node once and fan out inside (`ParallelConfig.nodes` > 1)."""
 
 TRANSPORT_DTYPES: Mapping[str, frozenset[str]] = MappingProxyType(
-    {name: frozenset({"bfloat16", "float32"}) for name in CAPABILITIES}
+    {name: frozenset({"bfloat16", "float16", "float32"}) for name in CAPABILITIES}
 )
 """The dtypes of `MoEConfig.dtype` each transport moves."""
 

@@ -16,7 +16,7 @@ Source = Literal["gate", "logits", "ids"]
 Scoring = Literal["softmax", "sigmoid"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
-DType = Literal["bfloat16", "float32"]
+DType = Literal["bfloat16", "float16", "float32"]
 TokenLayout = Literal["dp", "dp_tp"]
 TransportName = Literal["local", "allgather", "ragged", "padded"]
 
@@ -25,7 +25,7 @@ SCORINGS = ("softmax", "sigmoid")
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 UNGATED_ACTIVATIONS = ("silu", "gelu", "relu2")
 GATE_UP_LAYOUTS = ("concatenated", "interleaved")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 TOKEN_LAYOUTS = ("dp", "dp_tp")
 TRANSPORTS = tuple(CAPABILITIES)
 
@@ -113,7 +113,7 @@ class MoEConfig:
       shared_intermediate_size: its width, S; None means num_shared_experts * intermediate_size.
       shared_gate: the shared expert's output is weighed by a sigmoid of one projection of the token.
       latent_size: routed experts read and write this width instead of hidden_size, L.
-      dtype: of tokens, weights and rows.
+      dtype: of tokens, weights and rows: "bfloat16", "float16" or "float32". What passes 65504 in float16 is infinite.
       quantization: None; no format is implemented.
       router: see `RouterConfig`.
     """

@@ -26,7 +26,7 @@ from jax_moe import layer
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.transport import bounds
 
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

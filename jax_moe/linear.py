@@ -14,8 +14,8 @@ from jax_moe._typing import Array, Float, Float32
 def operand(x: Array) -> Array:
     """Prepares one operand of a product that accumulates in float32.
 
-    On CPU bfloat16 is widened first: the product of two bfloat16 values is exact in float32, so nothing but the order
-    of the sum depends on it. Elsewhere the matrix units take bfloat16 as it is.
+    On CPU bfloat16 and float16 are widened first: the product of two such values is exact in float32, so nothing but
+    the order of the sum depends on it. Elsewhere the matrix units take them as they are.
     """
     return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
 
@@ -35,7 +35,7 @@ def linear(x_tD: Float[Array, "t D"], w_ND: Float[Array, "N D"]) -> Float32[Arra
     """x @ w.T with float32 accumulation and a float32 result.
 
     Args:
-      x_tD: (t, D) float32 or bfloat16.
+      x_tD: (t, D) float32, bfloat16 or float16.
       w_ND: (N, D) weights as checkpoints store them, same dtype.
 
     Returns:

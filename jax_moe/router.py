@@ -20,7 +20,7 @@ def compute_logits(x_tD: Float[Array, "t D"], gate_ED: Float[Array, "E D"]) -> F
     """Router logits, x @ gate.T.
 
     Args:
-      x_tD: (t, D) float32 or bfloat16.
+      x_tD: (t, D) float32, bfloat16 or float16.
       gate_ED: (E, D), same dtype.
 
     Returns:

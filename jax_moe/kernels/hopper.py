@@ -21,6 +21,7 @@ from jax_moe.activation import Activation
 from jax_moe.kernels import reference
 from jax_moe.kernels.gradients import with_gradient_of
 
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 
 
@@ -52,8 +53,8 @@ def _typed_axes(*operands: Any) -> str | None:
 def no_product(x: Any, w: Any, *operands: Any) -> str | None:
     """Why the product of these operands is not for the kernels; None: it is."""
     (rows, depth), (_, columns, _) = x.shape, w.shape
-    if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
-        return f"operands are {x.dtype} and {w.dtype}, the kernels take bfloat16"
+    if x.dtype not in DTYPES or w.dtype != x.dtype:
+        return f"operands are {x.dtype} and {w.dtype}, the kernels take two of bfloat16 or two of float16"
     if depth % 8 or columns % 8:
         return f"depth {depth} and {columns} outputs are not both multiples of 8"
     if depth < 64 or columns < 8:
@@ -64,9 +65,10 @@ def no_product(x: Any, w: Any, *operands: Any) -> str | None:
 
 
 def no_grouped_matmul(x: Any, w: Any, sizes: Any, bias: Any, out_dtype: Any) -> str | None:
-    if jnp.dtype(out_dtype) != jnp.bfloat16:
-        return f"the result is asked for in {jnp.dtype(out_dtype)}, the kernels give bfloat16"
-    return no_product(x, w, sizes, bias)
+    reason = no_product(x, w, sizes, bias)
+    if reason is None and jnp.dtype(out_dtype) != x.dtype:
+        return f"the result is asked for in {jnp.dtype(out_dtype)}, the kernels give that of the operands, {x.dtype}"
+    return reason
 
 
 def no_gate_up(x: Any, w: Any, sizes: Any, activation: Activation, bias: Any) -> str | None:

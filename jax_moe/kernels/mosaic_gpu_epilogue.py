@@ -108,7 +108,7 @@ def store_rows(array, out_ref, row, rows, column) -> None:
     """Writes the first `rows` rows of `array` to `out_ref[row:, column:]`, 4 bytes a lane; columns past its edge stay.
 
     Args:
-      array: (64, C) bfloat16 in WGMMA layout.
+      array: (64, C) bfloat16 or float16 in WGMMA layout.
       out_ref: (R, N) in global memory, N a multiple of 8.
       row, rows, column: int32 scalars.
     """
@@ -143,7 +143,7 @@ def store_columns(array, out_ref, row, rows, column) -> None:
     """Writes `array` transposed: its column t becomes row `row + t` of `out_ref`, for the first `rows` of them.
 
     Args:
-      array: (C, n) bfloat16 in WGMMA layout, C a multiple of 64; lands in columns `column` to `column + C`.
+      array: (C, n) bfloat16 or float16 in WGMMA layout, C a multiple of 64; lands in columns `column` to `column + C`.
       out_ref: (R, N) in global memory, N a multiple of 8; columns past N are left.
       row, rows, column: int32 scalars.
     """

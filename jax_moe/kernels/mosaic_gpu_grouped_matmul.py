@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
 from jax_moe.kernels.schedule import FIELDS, make_schedule
 
-DEPTH = 64  # columns of bfloat16 in the 128 bytes of one swizzle atom
+DEPTH = 64  # columns, of two bytes each, in the 128 bytes of one swizzle atom
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,8 +321,8 @@ def grouped_matmul(
     """x @ w[expert].T for rows sorted by expert, with bias and activation where given.
 
     Args:
-      x_RD: (R, D) bfloat16, R at least `tile.rows`.
-      w: (e, N, D) bfloat16; gated: (e, 2F, D), gate and up rows in `activation.layout`.
+      x_RD: (R, D) bfloat16 or float16, R at least `tile.rows`.
+      w: (e, N, D), same dtype; gated: (e, 2F, D), gate and up rows in `activation.layout`.
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.

@@ -194,8 +194,8 @@ def grouped_matmul(
     """x @ w[expert].T for rows sorted by expert, with bias and activation where given; made for few rows an expert.
 
     Args:
-      x_RD: (R, D) bfloat16.
-      w: (e, N, D) bfloat16; gated: (e, 2F, D), gate and up rows in `activation.layout`.
+      x_RD: (R, D) bfloat16 or float16.
+      w: (e, N, D), same dtype; gated: (e, 2F, D), gate and up rows in `activation.layout`.
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.

@@ -85,7 +85,7 @@ def grouped_matmul(
     """Multiplies each row by its group's matrix: x[r] @ w[g].T + bias[g], accumulated in float32.
 
     Args:
-      x_RD: (R, D) float32 or bfloat16, sorted by group.
+      x_RD: (R, D) float32, bfloat16 or float16, sorted by group.
       w_eND: (e, N, D), same dtype: matrices as checkpoints store them.
       group_sizes_e: (e,) int32, with a sum of at most R.
       bias_eN: (e, N), added in float32.
@@ -122,7 +122,7 @@ def gate_up(
     """First projection of the experts and the activation, in one: act(x[r] @ w[g].T + bias[g]).
 
     Args:
-      x_RD: (R, D) float32 or bfloat16, sorted by group.
+      x_RD: (R, D) float32, bfloat16 or float16, sorted by group.
       w_eMD: (e, M, D), same dtype; M = 2F gated, F not.
       group_sizes_e: (e,) int32, with a sum of at most R.
       activation: applied in float32.
@@ -181,7 +181,7 @@ def combine_rows(
     """Weighted sum of each token's rows, in float32: out[i] = sum over k of weights[i, k] * y[position[i, k]].
 
     Args:
-      y_RD: (R, D) float32 or bfloat16.
+      y_RD: (R, D) float32, bfloat16 or float16.
       position_tK: (t, K) int32; -1: this slot has no row here and adds nothing, whatever its weight is.
       weights_tK: (t, K) float32.
       implementation: None, "reference", "mosaic_gpu" or "triton".

@@ -68,7 +68,7 @@ def test_a_contradiction_in_the_parallel_config_names_field_and_value(fields, me
         ({"activation": "relu2"}, "one of 'silu', 'gelu', 'gelu_tanh', 'swigluoai'"),
         ({"activation": "swigluoai", "gated": False}, "one of 'silu', 'gelu', 'relu2'"),
         ({"gate_up_layout": "striped"}, "gate_up_layout = 'striped'"),
-        ({"dtype": "float16"}, "dtype = 'float16'"),
+        ({"dtype": "float8"}, "dtype = 'float8': expected one of 'bfloat16', 'float16', 'float32'"),
         ({"quantization": "fp8"}, "quantization = 'fp8'"),
         ({"shared_gate": True}, "shared_gate = True"),
         ({"latent_size": 0}, "latent_size = 0"),

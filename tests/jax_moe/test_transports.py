@@ -114,7 +114,7 @@ def test_nodes_and_dtypes_are_those_of_the_table(name):
     else:
         with pytest.raises(ValueError, match=rf"nodes = 2: expected 1 with transport '{name}'; 'padded' or 'ragged'"):
             jm.ParallelConfig(transport=name, dp=4, nodes=2, **sizes)
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32"):
         assert dtype in jm.TRANSPORT_DTYPES[name]
         jm.check(dataclasses.replace(SHARED, dtype=dtype), jm.ParallelConfig(transport=name, dp=2, **sizes))
 

@@ -34,15 +34,15 @@ def group_sizes(kind: str, tile: int) -> list[int]:
 KINDS = ("one row", "edges", "mostly empty", "everything in one", "none")
 
 
-def operands(sizes, depth, weight_rows, *, spare=0, bias=False, seed=0):
-    """bfloat16 rows with NaN past the last group, weights, int32 sizes, and biases or None."""
+def operands(sizes, depth, weight_rows, *, spare=0, bias=False, seed=0, dtype=jnp.bfloat16):
+    """Rows of `dtype` with NaN past the last group, weights, int32 sizes, and biases or None."""
     rng = np.random.default_rng(seed)
     total = sum(sizes)
     x = rng.standard_normal((max(total + spare, 1), depth))
     x[total:] = np.nan
     w = rng.standard_normal((len(sizes), weight_rows, depth)) / math.sqrt(depth)
     b = rng.standard_normal((len(sizes), weight_rows))
-    x, w, b = (jnp.asarray(a, jnp.bfloat16) for a in (x, w, b))
+    x, w, b = (jnp.asarray(a, dtype) for a in (x, w, b))
     return x, w, jnp.asarray(sizes, jnp.int32), b if bias else None
 
 
@@ -85,11 +85,12 @@ def expected(x, w, sizes, *, activation=None, bias=None) -> np.ndarray:
 
 
 def assert_right(got, want, total: int) -> None:
-    """Per row within the error of one rounding to bfloat16 after float32 sums; exact zeros past the last row."""
+    """Per row within the error of one rounding to its dtype after float32 sums; exact zeros past the last row."""
+    roundoff = float(jnp.finfo(got.dtype).eps) / 2
     got = np.asarray(got, np.float64)
     assert got.shape == want.shape
     assert (got[total:] == 0).all(), "rows past the last group are not zeros"
     norm = np.maximum(np.linalg.norm(want[:total], axis=1), 1e-30)
     error = np.linalg.norm(got[:total] - want[:total], axis=1) / norm
     worst = int(np.argmax(error)) if total else 0
-    assert total == 0 or error[worst] < 2.0**-8, f"row {worst} of {total} is off by {error[worst]:.2e}"
+    assert total == 0 or error[worst] < roundoff, f"row {worst} of {total} is off by {error[worst]:.2e}"

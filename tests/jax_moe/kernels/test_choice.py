@@ -43,6 +43,7 @@ def test_on_hopper_each_operation_has_a_kernel_but_combine_where_xla_is_as_fast(
     [
         ((*product(dtype=jnp.float32), None, jnp.float32), "float32"),
         ((*product(), None, jnp.float32), "asked for in float32"),
+        ((*product(dtype=jnp.float16), None, jnp.bfloat16), "asked for in bfloat16"),
         ((*product(depth=68), None, jnp.bfloat16), "multiples of 8"),
         ((*product(depth=40), None, jnp.bfloat16), "less than 64"),
     ],
@@ -51,6 +52,12 @@ def test_what_a_kernel_cannot_take_goes_to_the_reference_unless_it_was_named(on_
     assert kernels.chosen("grouped_matmul", None, *operands) == "reference"
     with pytest.raises(NotImplementedError, match=reason):
         kernels.chosen("grouped_matmul", "mosaic_gpu", *operands)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_products_of_both_narrow_dtypes_have_kernels(on_hopper, dtype):
+    assert kernels.chosen("grouped_matmul", None, *product(dtype=dtype), None, dtype) == "mosaic_gpu"
+    assert kernels.chosen("gate_up", None, *product(dtype=dtype), SILU, None) == "mosaic_gpu"
 
 
 def test_a_gated_width_that_is_no_multiple_of_8_goes_to_the_reference(on_hopper):

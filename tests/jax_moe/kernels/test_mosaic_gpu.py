@@ -23,15 +23,18 @@ def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None
     return kernel.grouped_matmul(x, w, schedule, activation=activation, bias=bias, tile=tile, interpret=interpret)
 
 
-@pytest.mark.parametrize("activation", [None, "silu", "interleaved", "relu2"])
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [*((name, jnp.bfloat16) for name in (None, "silu", "interleaved", "relu2")), ("silu", jnp.float16)],
+)
 @pytest.mark.parametrize(
     ("kernel", "tile"),
     [(wide, wide.Tile()), (wide, wide.Tile(rows=64)), (wide, wide.Tile(pair=True)), (small, small.Tile(rows=16))],
     ids=["128 rows", "64 rows", "pairs", "small groups"],
 )
-def test_kernels_lower_for_cuda(kernel, tile, activation):
+def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
-    x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True)
+    x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True, dtype=dtype)
     run = functools.partial(multiply, kernel, tile, activation=activation and ACTIVATIONS[activation])
     program = jax.jit(run).trace(x, w, sizes, bias).lower(lowering_platforms=("cuda",)).as_text()
     suffix = "_small" if kernel is small else ""
@@ -42,20 +45,21 @@ def test_kernels_lower_for_cuda(kernel, tile, activation):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("kernel", "tile", "sizes", "depth", "weight_rows", "activation", "bias"),
+    ("kernel", "tile", "sizes", "depth", "weight_rows", "activation", "bias", "dtype"),
     [
-        (wide, wide.Tile(stages=2), [130, 0, 40], 72, 264, None, False),
-        (wide, wide.Tile(stages=2, pair=True), [129, 5], 72, 272, "interleaved", True),
-        (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False),
-        (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True),
+        (wide, wide.Tile(stages=2), [130, 0, 40], 72, 264, None, False, jnp.float16),
+        (wide, wide.Tile(stages=2, pair=True), [129, 5], 72, 272, "interleaved", True, jnp.bfloat16),
+        (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False, jnp.bfloat16),
+        (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True, jnp.float16),
     ],
     ids=["128 rows", "pairs", "64 rows", "small groups"],
 )
-def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias):
-    x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias)
+def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias, dtype):
+    x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias, dtype=dtype)
     total = int(sizes.sum())
     if x.shape[0] < tile.rows:
         x = jnp.pad(x, ((0, tile.rows - x.shape[0]), (0, 0)))
     activation = activation and ACTIVATIONS[activation]
     got = multiply(kernel, tile, x, w, sizes, bias, activation=activation, interpret=plgpu.InterpretGPUParams())
+    assert got.dtype == dtype
     assert_right(got, expected(x, w, sizes, activation=activation, bias=bias), total)
