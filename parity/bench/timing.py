@@ -6,11 +6,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 CACHE_BYTES = 256 << 20
 """What must pass through memory before an input is used again: five times the largest L2 cache of a Hopper GPU."""
 LEAST_SETS, MOST_SETS = 2, 8
 WALL_SECONDS = 0.05
+REST_SECONDS = 3e-4
+"""Between calls of which a profile is taken: more than a device rests inside of a call."""
+PLAIN = 2
+"""So many times longer than every other rest are those between calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +68,50 @@ def calls_for(milliseconds: float, least: int) -> int:
     return max(least, min(200, math.ceil(WALL_SECONDS * 1e3 / max(milliseconds, 1e-3))))
 
 
-def spans(events: Sequence[tuple[int, int]], calls: int) -> list[float] | None:
-    """Milliseconds of each call from (start, duration) of its kernels in nanoseconds, first start to last end.
+def spans(events: Sequence[tuple[int, int]], calls: int) -> list[tuple[int, int]] | None:
+    """(Start, end) of each call from (start, duration) of its kernels, in nanoseconds.
 
-    Every call runs the same program, so an equal number of kernels belongs to each; None when that does not come out.
-    Example: kernels at 0 (for 10 ns), 15 (for 5), 100 (for 10) and 115 (for 5) of two calls: 20 ns each.
+    The host waits and rests between calls, so calls are parted where the device rests longest, if that is plain to
+    see; else an equal number of kernels belongs to each, since every call runs the same program. None when neither
+    comes out. Example: kernels at 0 (for 10 ns), 15 (for 5), 100 (for 10) and 115 (for 5) of two calls: 0 to 20 and
+    100 to 120.
     """
-    if not events or len(events) % calls:
+    if len(events) < calls:
         return None
-    ordered, each = sorted(events), len(events) // calls
-    parts = [ordered[index * each : (index + 1) * each] for index in range(calls)]
-    return [(max(start + length for start, length in part) - part[0][0]) / 1e6 for part in parts]
+    ordered = sorted(events)
+    rests, end = [], ordered[0][0]
+    for index, (start, length) in enumerate(ordered):
+        rests.append((start - end, index))
+        end = max(end, start + length)
+    ranked = sorted(rests[1:], reverse=True)
+    between = ranked[calls - 2][0] if calls > 1 else 1
+    within = max(ranked[calls - 1][0], 0) if len(ranked) >= calls else 0
+    if between > PLAIN * within:
+        cuts = [0, *sorted(index for _, index in ranked[: calls - 1]), len(ordered)]
+    elif len(ordered) % calls == 0:
+        cuts = list(range(0, len(ordered) + 1, len(ordered) // calls))
+    else:
+        return None
+    parts = [ordered[first:last] for first, last in pairwise(cuts)]
+    return [(part[0][0], max(start + length for start, length in part)) for part in parts]
+
+
+def of_devices(devices: Sequence[Sequence[tuple[int, int]]], *, meeting: bool) -> list[float]:
+    """Milliseconds of each call that ran on several devices, from its (start, end) on each.
+
+    Args:
+      devices: for each, its calls in order.
+      meeting: the devices wait for each other inside of a call. Then a call lasts from when the last of them has begun
+        to when all have ended: that the host starts one device after the other is not in it. Otherwise it lasts as
+        long as the slowest device needs.
+
+    Example: a call on two devices, 0 to 50 and 30 to 50 ns: 20 ns if they meet, 50 ns if not.
+    """
+    found = []
+    for call in zip(*devices, strict=True):
+        if meeting:
+            nanoseconds = max(end for _, end in call) - max(start for start, _ in call)
+        else:
+            nanoseconds = max(end - start for start, end in call)
+        found.append(nanoseconds / 1e6)
+    return found

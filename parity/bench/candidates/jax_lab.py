@@ -108,8 +108,16 @@ class Lab:
         copy = self.measure(lambda v: v + jnp.int16(1), [(flat,)], 10)
         return Rates(2e-9 * side**3 / product.device_ms, 1e-6 * 4 * count / copy.device_ms)
 
-    def measure(self, function: Callable[..., Any], sets: Sequence[tuple], repeat: int) -> timing.Timing:
+    def measure(
+        self, function: Callable[..., Any], sets: Sequence[tuple], repeat: int, *, meeting: bool = True
+    ) -> timing.Timing:
         """Compile once, then time calls that rotate over the sets of inputs.
+
+        Args:
+          function: of the arrays of one set.
+          sets: of arguments.
+          repeat: calls that the median is taken of.
+          meeting: whether several devices, if there are, wait for each other in it; see `timing.of_devices`.
 
         Raises:
           MemoryError: the compiled program needs more memory than the device has.
@@ -127,7 +135,7 @@ class Lab:
         result = jax.block_until_ready(compiled(*sets[0]))
         for arguments in sets:
             jax.block_until_ready(compiled(*arguments))
-        device_ms, spread, clock = self._device_time(compiled, sets, repeat)
+        device_ms, spread, clock = self._device_time(compiled, sets, repeat, meeting)
         return timing.Timing(
             device_ms=device_ms,
             spread=spread,
@@ -150,18 +158,21 @@ class Lab:
         return (time.perf_counter() - began) * 1e3 / calls
 
     def _device_time(
-        self, compiled: Callable[..., Any], sets: Sequence[tuple], repeat: int
+        self, compiled: Callable[..., Any], sets: Sequence[tuple], repeat: int, meeting: bool
     ) -> tuple[float, float, str]:
         if self.on_gpu:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # kernels are all that is wanted
+            options.enable_hlo_proto = False
             with tempfile.TemporaryDirectory() as folder:
-                with jax.profiler.trace(folder):
+                with jax.profiler.trace(folder, profiler_options=options):
                     for index in range(repeat):
                         jax.block_until_ready(compiled(*sets[index % len(sets)]))
+                        time.sleep(timing.REST_SECONDS)
                 found = [timing.spans(events, repeat) for events in _kernels(Path(folder)).values()]
-            if found and all(found):
-                # on several devices a call has ended when the last of them has
-                slowest = [max(call) for call in zip(*(each or [] for each in found), strict=True)]
-                return *timing.summary(slowest), "profile"
+            calls = [spans for spans in found if spans]
+            if calls and len(calls) == len(found):
+                return *timing.summary(timing.of_devices(calls, meeting=meeting)), "profile"
         each = []
         for index in range(repeat):
             began = time.perf_counter()

@@ -146,6 +146,12 @@ class Lab:
             return plain, "wall"
         graphs, pool = [], None
         try:
+            # what waits for the device cannot be captured, and to try it would leave the allocator in a capture
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                function(*sets[0])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             for arguments in sets:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
@@ -153,7 +159,6 @@ class Lab:
                 pool = graph.pool()
                 graphs.append(graph)
         except RuntimeError:
-            # something in it waits for the device
             torch.cuda.synchronize()
             return plain, "events"
         for graph in graphs:

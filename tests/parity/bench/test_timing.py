@@ -7,16 +7,32 @@ from parity.bench import timing
 
 def test_a_call_lasts_from_its_first_kernel_to_the_end_of_its_last():
     events = [(100, 10), (0, 10), (115, 5), (15, 5)]
-    assert timing.spans(events, 2) == pytest.approx([20e-6, 20e-6])
+    assert timing.spans(events, 2) == [(0, 20), (100, 120)]
 
 
 def test_a_kernel_that_runs_beside_another_and_ends_last_counts_to_its_end():
-    assert timing.spans([(0, 50), (10, 5)], 1) == pytest.approx([50e-6])
+    assert timing.spans([(0, 50), (10, 5)], 1) == [(0, 50)]
+    # nor does the device rest while it runs: the longest rest is behind it
+    assert timing.spans([(0, 50), (10, 5), (40, 5), (80, 50)], 2) == [(0, 50), (80, 130)]
 
 
-def test_kernels_that_do_not_divide_over_the_calls_give_no_time():
+def test_calls_of_different_numbers_of_kernels_are_parted_where_the_device_rests():
+    assert timing.spans([(0, 10), (100, 10), (115, 5), (200, 1)], 3) == [(0, 10), (100, 120), (200, 201)]
+
+
+def test_where_no_rest_stands_out_every_call_has_as_many_kernels():
+    assert timing.spans([(0, 10), (15, 5), (26, 10), (40, 5)], 2) == [(0, 20), (26, 45)]
+
+
+def test_kernels_that_neither_rest_nor_divide_over_the_calls_give_no_time():
     assert timing.spans([(0, 1), (5, 1), (9, 1)], 2) is None
     assert timing.spans([], 2) is None
+
+
+def test_devices_that_meet_are_timed_from_when_the_last_has_begun():
+    devices = [[(0, 50), (100, 160)], [(30, 50), (110, 150)]]
+    assert timing.of_devices(devices, meeting=True) == pytest.approx([20e-6, 50e-6])
+    assert timing.of_devices(devices, meeting=False) == pytest.approx([50e-6, 60e-6])
 
 
 def test_little_work_rotates_over_many_inputs_and_much_over_few():
