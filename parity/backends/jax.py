@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import socket
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +48,10 @@ class JaxBackend(Backend):
 
     def processes(self, case: Case) -> int:
         # a process drives each of its GPUs as one rank, so ranks that share one are a process each
-        return case.world if self.options.jax_processes or self.options.ranks_per_gpu > 1 else 1
+        return case.world if self._process_a_rank() else 1
+
+    def _process_a_rank(self) -> bool:
+        return self.options.jax_processes or self.options.ranks_per_gpu > 1
 
     def environment(self, case: Case) -> dict[str, str]:
         if self.options.platform == "gpu":
@@ -72,7 +73,9 @@ class JaxBackend(Backend):
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpu.memory_fraction(self.options.ranks_per_gpu)),
             # ours first: of a flag given twice XLA takes the last
-            "XLA_FLAGS": " ".join([*_gpu_flags(), os.environ.get("XLA_FLAGS", "")]).strip(),
+            "XLA_FLAGS": " ".join(
+                [*_gpu_flags(processes=self._process_a_rank()), os.environ.get("XLA_FLAGS", "")]
+            ).strip(),
             **gpu.socket_interface(self.options.launched),
         }
         if self.options.nccl_library:
@@ -223,18 +226,17 @@ def _fields(owner: Any, names: Mapping[str, str], mesh: jax.sharding.Mesh) -> di
     return out
 
 
-def _gpu_flags() -> list[str]:
-    """Flags of XLA for GPUs, known to the release that is installed: XLA ends a process that has others."""
-    flags = [
-        # timing alternatives costs more than such programs run, on a GPU that several processes keep busy
-        "--xla_gpu_autotune_level=0",
-        # XLA's own kernel for ragged_all_to_all hangs between processes, on one GPU and on two; so may what overlaps it
-        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
-        "--xla_gpu_disable_async_collectives=raggedalltoall",
-    ]
-    with contextlib.suppress(PackageNotFoundError, ValueError):
-        if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 11):
-            flags.append("--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true")
+def _gpu_flags(*, processes: bool) -> list[str]:
+    """Flags of XLA for GPUs, known to every release that is supported: XLA ends a process that has others.
+
+    Args:
+      processes: JAX is a process a rank.
+    """
+    # timing alternatives costs more than such programs run, on a GPU that several processes keep busy
+    flags = ["--xla_gpu_autotune_level=0"]
+    if processes:
+        # between processes both of XLA's ways to move ragged rows hang (docs/gpu.md): let it move them in equal blocks
+        flags.append("--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true")
     return flags
 
 

@@ -78,10 +78,14 @@ class TorchBackend(Backend):
         self.house, self.meshes = torch_moe, {}
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
         if self.gpu:
-            # submodules that PyTorch's types leave out
-            number = torch.cuda.nccl.version()  # type: ignore[attr-defined]
-            versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, number))}
+            versions |= {"cuda": str(torch.version.cuda), "nccl": self._nccl(torch)}
         return versions
+
+    def _nccl(self, torch: Any) -> str:
+        """Version of the NCCL that is loaded; PyTorch itself tells the one it was built with."""
+        if self.options.nccl_library:
+            return nccl.words(nccl.version_of(self.options.nccl_library)[0])
+        return ".".join(map(str, torch.cuda.nccl.version()))
 
     def release(self) -> bool:
         import torch

@@ -102,9 +102,19 @@ def test_with_a_gpu_a_rank_jax_is_one_process_unless_asked_otherwise():
     assert "LD_PRELOAD" not in JaxBackend(Options(platform="gpu")).environment(FOUR)
 
 
-def test_the_installed_xla_knows_every_flag_that_gpus_are_given():
+def test_ragged_rows_travel_in_blocks_between_processes_only():
+    def flags(**options):
+        return JaxBackend(Options(platform="gpu", **options)).environment(FOUR)["XLA_FLAGS"]
+
+    assert "ragged" not in flags()
+    for several in ({"jax_processes": True}, {"ranks_per_gpu": 4}):
+        assert "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true" in flags(**several)
+
+
+@pytest.mark.parametrize("jax_processes", [False, True])
+def test_the_installed_xla_knows_every_flag_that_gpus_are_given(jax_processes):
     # XLA ends a process whose flags it does not know, so this is found before a GPU is
-    flags = JaxBackend(Options(platform="gpu")).environment(FOUR)["XLA_FLAGS"]
+    flags = JaxBackend(Options(platform="gpu", jax_processes=jax_processes)).environment(FOUR)["XLA_FLAGS"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -129,6 +139,13 @@ def library(tmp_path):
 
 
 SAYS = "int ncclGetVersion(int *v) {{ *v = {}; return 0; }}"
+
+
+def test_a_run_tells_the_version_of_the_library_that_is_loaded(fresh, library):
+    import torch
+
+    options = Options(platform="gpu", ranks_per_gpu=4, nccl_library=str(library(SAYS.format(23102))))
+    assert TorchBackend(options)._nccl(torch) == "2.31.2"
 
 
 def test_a_library_that_is_new_enough_is_taken_by_file_folder_or_variable(fresh, library, monkeypatch):
