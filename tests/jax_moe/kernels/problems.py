@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,12 +20,23 @@ ACTIVATIONS = {
 }
 
 
+CARDS = {"A100": "NVIDIA A100-SXM4-80GB", "L4": "NVIDIA L4", "H100": "NVIDIA H100 80GB HBM3"}
+
+
+def card(kind: str, mesh: jax.sharding.Mesh | None = None):
+    """A context in which programs are lowered for a GPU that is not here, alone or as the devices of `mesh`."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=108, platform="gpu")
+    sizes, names, types = (mesh.axis_sizes, mesh.axis_names, mesh.axis_types) if mesh is not None else ((), (), None)
+    abstract = jax.sharding.AbstractMesh(sizes, names, axis_types=types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(abstract)
+
+
 def group_sizes(kind: str, tile: int) -> list[int]:
     """Sizes around the edges of a tile, and the shapes of load that real routers make."""
     kinds = {
         "one row": [0, 0, 1, 0],
         "edges": [1, tile - 1, tile, tile + 1, 2 * tile, 0, 7, 9, tile + tile // 2, tile // 2 + 1],
-        "mostly empty": [5 if g in (17, 200) else tile + 3 if g in (64, 255) else 0 for g in range(256)],
+        "mostly empty": [{17: 5, 64: tile + 3, 65: 1, 200: 5, 254: tile, 255: tile + 3}.get(g, 0) for g in range(256)],
         "everything in one": [0, 0, 3 * tile + 5],
         "none": [0, 0, 0],
     }
