@@ -107,6 +107,7 @@ def axes(parallel: ParallelConfig) -> None:
 
 
 def implementation(implementation: str | None) -> None:
-    """Checks that every operation has the named implementation."""
+    """Checks that products have the named implementation, and all else what `kernels.for_rows` makes of it."""
     for operation in kernels.OPERATIONS:
-        kernels.chosen(operation, implementation)
+        product = operation in ("grouped_matmul", "gate_up")
+        kernels.chosen(operation, implementation if product else kernels.for_rows(implementation))

@@ -23,7 +23,7 @@ class Explanation:
       sizes: what each rank holds.
       transport: how rows reach their experts.
       moves: bytes a rank sends for that, and holds.
-      kernels: implementation of each operation.
+      kernels: implementation of each operation; of a product that a kernel computes, its tile too.
       reductions: where each branch is summed over ranks.
     """
 
@@ -41,20 +41,27 @@ class Explanation:
 
 
 def explain(
-    config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None = None, *, tokens_per_rank: int = 1024
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh | None = None,
+    *,
+    tokens_per_rank: int = 1024,
+    implementation: str | None = None,
 ) -> Explanation:
     """Says which parallel mode, transport and kernels a layer will use, and where its sums are completed.
 
     Args:
       config, parallel: the layer and its spread.
       mesh: where it will run; None: on the default platform.
-      tokens_per_rank: rows each rank routes, for the bytes; see `estimate`.
+      tokens_per_rank: rows each rank routes, for the bytes and the tiles; see `estimate`.
+      implementation: as the layer will be given it.
 
     Returns:
       An `Explanation`; print it.
 
     Raises:
       ValueError: a layer that cannot be spread so, or a mesh of another size.
+      NotImplementedError: the named implementation cannot run it.
 
     Example:
       >>> import jax_moe as jm
@@ -70,7 +77,7 @@ def explain(
         sizes=_sizes(config, parallel),
         transport=_transport(parallel),
         moves=_moves(config, parallel, tokens_per_rank),
-        kernels=_kernels(config, parallel, mesh),
+        kernels=_kernels(config, parallel, mesh, implementation, tokens_per_rank),
         reductions=_reductions(config, parallel),
     )
 
@@ -144,23 +151,31 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _kernels(config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None) -> str:
-    implementation = None if mesh is None else kernels.for_platform(None, mesh.devices.flat[0].platform)
+def _kernels(
+    config: MoEConfig, parallel: ParallelConfig, mesh: Mesh | None, implementation: str | None, tokens_per_rank: int
+) -> str:
+    if mesh is not None:
+        implementation = kernels.for_platform(implementation, mesh.devices.flat[0].platform)
     held, width = config.num_experts // parallel.ep, config.expert_width
     inter = config.intermediate_size // parallel.expert_tp
+    rows = estimate(config, parallel, tokens_per_rank).expert_rows
     dtype, activation = jnp.dtype(config.dtype), activations.from_config(config)
 
     def product(depth: int, outputs: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shapes = ((1, depth), (held, outputs, depth))
+        shapes = ((max(rows, 1), depth), (held, outputs, depth))
         return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((held,), jnp.int32))
 
     operands = {
         "grouped_matmul": (*product(inter, width), None, dtype),
         "gate_up": (*product(width, inter * (2 if config.gated else 1)), activation, None),
     }
-    return ", ".join(
-        f"{name}: {kernels.chosen(name, implementation, *operands.get(name, ()))}" for name in kernels.OPERATIONS
-    )
+    said = []
+    for name in kernels.OPERATIONS:
+        named = implementation if name in operands else kernels.for_rows(implementation)
+        chosen = kernels.chosen(name, named, *operands.get(name, ()))
+        tile = kernels.tile_of(chosen, rows, held) if name in operands else None
+        said.append(f"{name}: {chosen}" + (f" ({tile})" if tile else ""))
+    return ", ".join(said)
 
 
 def _reductions(config: MoEConfig, parallel: ParallelConfig) -> str:

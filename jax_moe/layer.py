@@ -26,7 +26,7 @@ from jax_moe._compat import all_gather_replicated, settle
 from jax_moe._typing import Array, Float, Float32, Int
 from jax_moe.activation import Activation
 from jax_moe.config import MoEConfig, ParallelConfig
-from jax_moe.kernels import for_platform
+from jax_moe.kernels import for_platform, for_rows
 from jax_moe.linear import linear
 from jax_moe.params import MoEParams, SharedParams
 from jax_moe.stages import Lessons
@@ -67,7 +67,8 @@ def moe(
       counts: real rows of each shard of x, (dp,) integers, or (dp * tp,) with "dp_tp"; the rows after them are padding,
         may hold NaN, and come back as zeros. None: all are real. Checked against t when their values are at hand;
         inside `jit` they are clipped to [0, t].
-      implementation: of the kernels; None picks.
+      implementation: of the experts' products: None picks, "reference", "mosaic_gpu" (Hopper) or "triton". Rows and
+        routing go by it too, except that "mosaic_gpu" has none for them, and they are picked.
       trace: also return what was decided and what each stage gave. Costs nothing when off.
       lessons: what stages hand on in place of their own results, with `trace` alone; see `Lessons`.
 
@@ -76,7 +77,7 @@ def moe(
 
     Raises:
       ValueError: an argument that does not fit, with its value and what was expected.
-      NotImplementedError: an implementation that does not exist.
+      NotImplementedError: the named implementation cannot run this; it says what it would take.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_moe as jm
@@ -163,7 +164,7 @@ def moe_local(
 
     Raises:
       ValueError: an argument that does not fit, or no axes of the sizes in `parallel` around the call.
-      NotImplementedError: an implementation that does not exist.
+      NotImplementedError: the named implementation cannot run this; it says what it would take.
     """
     checks.axes(parallel)
     sharding.check_params(params, config, parallel, local=True)
@@ -249,7 +250,7 @@ def _forward(
     tap = stages.OFF
     if trace:
         tap = traces.Recorder(rows, x_tD.shape[0], counts, config, parallel, lessons)
-    ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, implementation, tap)
+    ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, for_rows(implementation), tap)
     branches = [_routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation, tap)]
     if params.shared is not None:
         shared_cD = tap("shared", shared_expert(params.shared, x_cD, activation))
@@ -324,7 +325,7 @@ def _routed_experts(
         first_expert=first_expert,
         num_local_experts=num_local_experts,
         weight_on_input=config.router.weight_on_input,
-        implementation=implementation,
+        implementation=for_rows(implementation),
     )
     tap.arrived(handle)
     sizes_e = handle.plan.group_sizes_e

@@ -20,25 +20,38 @@ def operand(x: Array) -> Array:
     return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
 
 
-def contract(a: Array, b: Array, axes: tuple[int, int]) -> Float32[Array, "M N"]:
-    """Product of two matrices over one axis of each, in float32, from operands made by `operand`."""
+def tf32_asked() -> bool:
+    """Whether float32 may be multiplied as TF32: inside of `jax.default_matmul_precision("tensorfloat32")`.
+
+    Nothing else turns it on: with JAX's default, products of float32 are float32.
+    """
+    return jax.config.jax_default_matmul_precision in ("tensorfloat32", "TF32_TF32_F32")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def contract(a: Array, b: Array, axes: tuple[int, int], *, exact: bool = False) -> Float32[Array, "M N"]:
+    """Product of two matrices over one axis of each, in float32, from operands made by `operand`.
+
+    `exact`: in float32 even where TF32 is asked for.
+    """
     if a.dtype != b.dtype:
         # A float32 gradient meets narrow operands.
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     # HIGHEST keeps float32 products float32 on GPUs, where the default would be TF32. Narrow operands are exact anyway.
-    precision = jax.lax.Precision.HIGHEST if jnp.float32 in (a.dtype, b.dtype) else None
+    wide = jax.lax.Precision.HIGH if tf32_asked() and not exact else jax.lax.Precision.HIGHEST
+    precision = wide if jnp.float32 in (a.dtype, b.dtype) else None
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def linear(x_tD: Float[Array, "t D"], w_ND: Float[Array, "N D"]) -> Float32[Array, "t N"]:
+def linear(x_tD: Float[Array, "t D"], w_ND: Float[Array, "N D"], *, exact: bool = False) -> Float32[Array, "t N"]:
     """x @ w.T with float32 accumulation and a float32 result.
 
     Args:
       x_tD: (t, D) float32, bfloat16 or float16.
       w_ND: (N, D) weights as checkpoints store them, same dtype.
+      exact: as in `contract`.
 
     Returns:
       (t, N) float32, not rounded.
     """
-    return contract(operand(x_tD), operand(w_ND), (1, 1))
+    return contract(operand(x_tD), operand(w_ND), (1, 1), exact=exact)

@@ -41,7 +41,7 @@ def choose(
       table: the implementations this operation has.
       implementation: None picks; a name is taken at its word and never replaced by another.
       limits: what each of them cannot do; one that is not named can do everything.
-      preference: order in which None tries them on a GPU; after the last comes the reference.
+      preference: order in which None tries them; after the last comes the reference.
       operands: arguments of the call, or values with their shapes and dtypes; empty when there is no call yet.
 
     Returns:
@@ -53,8 +53,6 @@ def choose(
     """
     check_name(implementation)
     if implementation is None:
-        if not runs_on_hopper():
-            return "reference"
         return next((name for name in preference if why_not(limits, name, operands) is None), "reference")
     if implementation not in table:
         exists = ", ".join(repr(name) for name in table)
@@ -72,10 +70,27 @@ def why_not(limits: Limits, name: str, operands: tuple[Any, ...]) -> str | None:
     return limits[name](*operands) if operands and name in limits else None
 
 
-def runs_on_hopper() -> bool:
-    """Whether the default backend's GPUs are Hopper's, which the kernels are written for."""
+def capability() -> str | None:
+    """Compute capability of the default backend's GPUs, as "9.0"; None where there is no NVIDIA GPU."""
     device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+
+
+def runs_on_hopper() -> bool:
+    """Whether the default backend's GPUs are Hopper's, which the Mosaic GPU kernels are written for."""
+    return capability() == "9.0"
+
+
+def runs_on_ampere() -> bool:
+    """Whether they are Ampere's or Ada's: compute capability 8.0 to 8.9."""
+    return (capability() or "").startswith("8.")
+
+
+def card() -> str | None:
+    """What implementations are picked for: "hopper", "ampere" (Ada too), or None, for which there is the reference."""
+    if runs_on_hopper():
+        return "hopper"
+    return "ampere" if runs_on_ampere() else None
 
 
 def for_platform(implementation: str | None, platform: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The operations on Hopper GPUs: what the kernels can do, and calls to them that differentiate.
+"""The operations on GPUs: what the kernels for Hopper, and those in Triton, can do, and calls that differentiate.
 
 Kernels are imported where they are called: a machine without a GPU does not pay for them, nor depend on them.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,23 +19,26 @@ import jax.numpy as jnp
 from jax_moe._compat import varying_axes
 from jax_moe._typing import Array
 from jax_moe.activation import Activation
-from jax_moe.kernels import reference
-from jax_moe.kernels.gradients import with_gradient_of
+from jax_moe.kernels import choice, reference
+from jax_moe.kernels.gradients import one_by_one, with_gradient_of
+from jax_moe.linear import tf32_asked
 
-DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
-
-
-def capability() -> str | None:
-    """Compute capability of the default backend's GPUs, as "9.0"; None where there is no NVIDIA GPU."""
-    device = jax.devices()[0]
-    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
 def no_hopper() -> str | None:
     """Why Hopper kernels cannot run here. Where there is no GPU at all they can still be lowered for one."""
-    found = capability()
-    return None if found in (None, "9.0") else f"this GPU has compute capability {found}, the kernels are for 9.0"
+    found = choice.capability()
+    return None if found in (None, "9.0") else f"this GPU has compute capability {found}: expected 9.0"
+
+
+def no_tensor_cores() -> str | None:
+    """Why the Triton products cannot run here: older cards have no matrix units for bfloat16 and TF32."""
+    found = choice.capability()
+    if found is None or float(found) >= 8:
+        return None
+    return f"this GPU has compute capability {found}: expected 8.0 or more"
 
 
 @functools.cache
@@ -51,14 +55,14 @@ def _typed_axes(*operands: Any) -> str | None:
 
 
 def no_product(x: Any, w: Any, *operands: Any) -> str | None:
-    """Why the product of these operands is not for the kernels; None: it is."""
+    """Why the product of these operands is not for the Hopper kernels; None: it is."""
     (rows, depth), (_, columns, _) = x.shape, w.shape
-    if x.dtype not in DTYPES or w.dtype != x.dtype:
-        return f"operands are {x.dtype} and {w.dtype}, the kernels take two of bfloat16 or two of float16"
-    if depth % 8 or columns % 8:
-        return f"depth {depth} and {columns} outputs are not both multiples of 8"
-    if depth < 64 or columns < 8:
-        return f"depth {depth} is less than 64"
+    if x.dtype not in NARROW or w.dtype != x.dtype:
+        return f"operands are {x.dtype} and {w.dtype}: expected both bfloat16 or both float16"
+    if depth % 8 or depth < 64:
+        return f"depth {depth}: expected a multiple of 8, 64 or more"
+    if columns % 8 or not columns:
+        return f"{columns} outputs: expected a multiple of 8"
     if rows == 0:
         return "there are no rows"
     return no_hopper() or _typed_axes(x, w, *operands)
@@ -67,16 +71,34 @@ def no_product(x: Any, w: Any, *operands: Any) -> str | None:
 def no_grouped_matmul(x: Any, w: Any, sizes: Any, bias: Any, out_dtype: Any) -> str | None:
     reason = no_product(x, w, sizes, bias)
     if reason is None and jnp.dtype(out_dtype) != x.dtype:
-        return f"the result is asked for in {jnp.dtype(out_dtype)}, the kernels give that of the operands, {x.dtype}"
+        return f"the result is asked for in {jnp.dtype(out_dtype)}: expected that of the operands, {x.dtype}"
     return reason
 
 
 def no_gate_up(x: Any, w: Any, sizes: Any, activation: Activation, bias: Any) -> str | None:
-    if activation.name not in ACTIVATIONS:
-        return f"activation {activation.name!r} is not one of {', '.join(ACTIVATIONS)}"
     if activation.gated and w.shape[1] % 16:
-        return f"an intermediate size of {w.shape[1] // 2} is not a multiple of 8"
-    return no_product(x, w, sizes, bias)
+        return f"an intermediate size of {w.shape[1] // 2}: expected a multiple of 8"
+    return no_product(x, w, sizes, bias) or _no_activation(activation)
+
+
+def no_triton_grouped_matmul(x: Any, w: Any, sizes: Any, bias: Any, out_dtype: Any) -> str | None:
+    """Why the product of these operands is not for the Triton kernel; None: it is."""
+    if 0 in (*x.shape, *w.shape):
+        return f"nothing to multiply in {x.shape} and {w.shape}"
+    if x.dtype not in (*NARROW, jnp.float32) or w.dtype != x.dtype:
+        return f"operands are {x.dtype} and {w.dtype}: expected both bfloat16, float16, or float32 as TF32"
+    if x.dtype == jnp.float32 and not tf32_asked():
+        return "operands are float32: expected jax.default_matmul_precision('tensorfloat32') around the call"
+    return no_tensor_cores() or no_triton() or _typed_axes(x, w, sizes, bias)
+
+
+def no_triton_gate_up(x: Any, w: Any, sizes: Any, activation: Activation, bias: Any) -> str | None:
+    return no_triton_grouped_matmul(x, w, sizes, bias, x.dtype) or _no_activation(activation)
+
+
+def _no_activation(activation: Activation) -> str | None:
+    known = activation.name in ACTIVATIONS
+    return None if known else f"activation {activation.name!r}: expected one of {', '.join(ACTIVATIONS)}"
 
 
 def no_rows(x: Any, *operands: Any) -> str | None:
@@ -91,49 +113,108 @@ def no_routing(array: Any, *operands: Any) -> str | None:
     return no_triton() or _typed_axes(array, *operands)
 
 
-def grouped_matmul(
-    x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: jnp.dtype
-) -> Array:
+def grouped_matmul(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: Any) -> Array:
     """See `ops.grouped_matmul`."""
-    from jax_moe.kernels import tiles
-
-    choice = tiles.choose_tile(x_RD.shape[0], w_eND.shape[0])
-
-    def kernel(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None) -> Array:
-        return _multiply(choice, x_RD, w_eND, group_sizes_e, None, bias_eN)
-
-    plain = functools.partial(reference.grouped_matmul, out_dtype=out_dtype)
-    return with_gradient_of(plain, kernel)(x_RD, w_eND, group_sizes_e, bias_eN)
+    return _product(_on_hopper, x_RD, w_eND, group_sizes_e, None, bias_eN, out_dtype)
 
 
 def gate_up(x_RD: Array, w_eMD: Array, group_sizes_e: Array, activation: Activation, bias_eM: Array | None) -> Array:
     """See `ops.gate_up`."""
+    return _product(_on_hopper, x_RD, w_eMD, group_sizes_e, activation, bias_eM, x_RD.dtype)
+
+
+def triton_grouped_matmul(
+    x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: Any
+) -> Array:
+    """See `ops.grouped_matmul`."""
+    return _product(_in_triton, x_RD, w_eND, group_sizes_e, None, bias_eN, out_dtype)
+
+
+def triton_gate_up(
+    x_RD: Array, w_eMD: Array, group_sizes_e: Array, activation: Activation, bias_eM: Array | None
+) -> Array:
+    """See `ops.gate_up`."""
+    return _product(_in_triton, x_RD, w_eMD, group_sizes_e, activation, bias_eM, x_RD.dtype)
+
+
+def _product(
+    multiply: Callable,
+    x_RD: Array,
+    w: Array,
+    group_sizes_e: Array,
+    activation: Activation | None,
+    bias: Array | None,
+    out_dtype: Any,
+) -> Array:
+    """The product by `multiply`, with the reference's gradient."""
+
+    def kernel(x_RD: Array, w: Array, group_sizes_e: Array, bias: Array | None) -> Array:
+        return multiply(x_RD, w, group_sizes_e, activation, bias, jnp.dtype(out_dtype))
+
+    def plain(x_RD: Array, w: Array, group_sizes_e: Array, bias: Array | None) -> Array:
+        if activation is None:
+            return reference.grouped_matmul(x_RD, w, group_sizes_e, bias, jnp.dtype(out_dtype))
+        return reference.gate_up(x_RD, w, group_sizes_e, activation, bias)
+
+    return with_gradient_of(plain, kernel)(x_RD, w, group_sizes_e, bias)
+
+
+def _on_hopper(
+    x_RD: Array,
+    w: Array,
+    group_sizes_e: Array,
+    activation: Activation | None,
+    bias: Array | None,
+    _out_dtype: jnp.dtype,
+) -> Array:
     from jax_moe.kernels import tiles
 
-    choice = tiles.choose_tile(x_RD.shape[0], w_eMD.shape[0])
-
-    def kernel(x_RD: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
-        return _multiply(choice, x_RD, w_eMD, group_sizes_e, activation, bias_eM)
-
-    def plain(x_RD: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
-        return reference.gate_up(x_RD, w_eMD, group_sizes_e, activation, bias_eM)
-
-    return with_gradient_of(plain, kernel)(x_RD, w_eMD, group_sizes_e, bias_eM)
+    pick, rows = tiles.choose_tile(x_RD.shape[0], w.shape[0]), x_RD.shape[0]
+    if rows < pick.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
+        x_RD = jnp.pad(x_RD, ((0, pick.tile.rows - rows), (0, 0)))
+    schedule = _schedule(group_sizes_e, x_RD.shape[0], pick.tile.rows)
+    return pick.run(x_RD, w, schedule, activation=activation, bias=bias, tile=pick.tile)[:rows]
 
 
-def _multiply(
-    choice: Any, x_RD: Array, w: Array, group_sizes_e: Array, activation: Activation | None, bias: Array | None
+def _in_triton(
+    x_RD: Array,
+    w: Array,
+    group_sizes_e: Array,
+    activation: Activation | None,
+    bias: Array | None,
+    out_dtype: jnp.dtype,
 ) -> Array:
+    from jax_moe.kernels import triton_grouped_matmul as triton
+
+    tile = triton.choose_tile(x_RD.shape[0], w.shape[0])
+    schedule = _schedule(group_sizes_e, x_RD.shape[0], tile.rows)
+    # Float32 comes here only where TF32 is asked for.
+    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32 if x_RD.dtype == jnp.float32 else None
+    return triton.grouped_matmul(
+        x_RD, w, schedule, activation=activation, bias=bias, out_dtype=out_dtype, precision=precision, tile=tile
+    )
+
+
+def hopper_tile(rows: int, experts: int) -> str:
+    """What the table says of the tile."""
+    from jax_moe.kernels import tiles
+
+    return tiles.choose_tile(rows, experts).why
+
+
+def triton_tile(rows: int, experts: int) -> str:
+    """The tile of the Triton kernel."""
+    from jax_moe.kernels import triton_grouped_matmul as triton
+
+    return f"tiles of {triton.choose_tile(rows, experts).rows} rows"
+
+
+def _schedule(group_sizes_e: Array, rows: int, tile: int) -> Array:
     if no_triton() is None:
         from jax_moe.kernels.triton_routing import make_schedule  # one launch in place of three
     else:
         from jax_moe.kernels.schedule import make_schedule
-
-    rows = x_RD.shape[0]
-    if rows < choice.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
-        x_RD = jnp.pad(x_RD, ((0, choice.tile.rows - rows), (0, 0)))
-    schedule = make_schedule(group_sizes_e, rows=x_RD.shape[0], tile=choice.tile.rows)
-    return choice.run(x_RD, w, schedule, activation=activation, bias=bias, tile=choice.tile)[:rows]
+    return make_schedule(group_sizes_e, rows=rows, tile=tile)
 
 
 def gather_rows(x_tD: Array, index_R: Array, position_tK: Array | None, group_sizes_e: Array | None) -> Array:
@@ -166,7 +247,7 @@ def choose_experts(
 
     @jax.custom_vjp
     def run(logits_tE: Array, bias_E: Array | None) -> tuple[Array, Array]:
-        return triton_routing.choose_experts(logits_tE, bias_E, **static)
+        return one_by_one(functools.partial(triton_routing.choose_experts, **static))(logits_tE, bias_E)
 
     def forward(logits_tE: Array, bias_E: Array | None):
         ids_tK, weights_tK = run(logits_tE, bias_E)
@@ -188,4 +269,5 @@ def plan_rows(topk_ids_tK: Array, first_expert: Array | int, num_local_experts: 
     """See `ops.plan_rows`."""
     from jax_moe.kernels import triton_routing
 
-    return triton_routing.plan_pairs(topk_ids_tK, first_expert, experts=num_local_experts)
+    plan = one_by_one(functools.partial(triton_routing.plan_pairs, experts=num_local_experts))
+    return plan(topk_ids_tK, jnp.asarray(first_expert, jnp.int32))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -21,8 +22,16 @@ from jax_moe.kernels import choice, hopper, reference
 
 # The one table of what exists: operation, implementation, function.
 OPERATIONS: dict[str, dict[str, Callable]] = {
-    "grouped_matmul": {"reference": reference.grouped_matmul, "mosaic_gpu": hopper.grouped_matmul},
-    "gate_up": {"reference": reference.gate_up, "mosaic_gpu": hopper.gate_up},
+    "grouped_matmul": {
+        "reference": reference.grouped_matmul,
+        "mosaic_gpu": hopper.grouped_matmul,
+        "triton": hopper.triton_grouped_matmul,
+    },
+    "gate_up": {
+        "reference": reference.gate_up,
+        "mosaic_gpu": hopper.gate_up,
+        "triton": hopper.triton_gate_up,
+    },
     "gather_rows": {"reference": reference.gather_rows, "triton": hopper.gather_rows},
     "combine_rows": {"reference": reference.combine_rows, "triton": hopper.combine_rows},
     "choose_experts": {"reference": reference.choose_experts, "triton": hopper.choose_experts},
@@ -31,23 +40,25 @@ OPERATIONS: dict[str, dict[str, Callable]] = {
 
 # What an implementation cannot do.
 LIMITS: dict[str, dict[str, Callable[..., str | None]]] = {
-    "grouped_matmul": {"mosaic_gpu": hopper.no_grouped_matmul},
-    "gate_up": {"mosaic_gpu": hopper.no_gate_up},
+    "grouped_matmul": {"mosaic_gpu": hopper.no_grouped_matmul, "triton": hopper.no_triton_grouped_matmul},
+    "gate_up": {"mosaic_gpu": hopper.no_gate_up, "triton": hopper.no_triton_gate_up},
     "gather_rows": {"triton": hopper.no_rows},
     "combine_rows": {"triton": hopper.no_rows},
     "choose_experts": {"triton": hopper.no_routing},
     "plan_rows": {"triton": hopper.no_routing},
 }
 
-# What None tries on a Hopper GPU, in order, before the reference. XLA's own combine is as fast as memory, and fuses
-# with what follows it.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "grouped_matmul": ("mosaic_gpu",),
-    "gate_up": ("mosaic_gpu",),
+_ROWS = {
     "gather_rows": ("triton",),
+    # XLA's own combine is as fast as memory, and fuses with what follows it.
     "combine_rows": (),
     "choose_experts": ("triton",),
     "plan_rows": ("triton",),
+}
+# What None tries on a card (`choice.card`), in order, before the reference.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "hopper": {"grouped_matmul": ("mosaic_gpu", "triton"), "gate_up": ("mosaic_gpu", "triton"), **_ROWS},
+    "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), **_ROWS},
 }
 
 
@@ -64,9 +75,25 @@ def chosen(operation: str, implementation: str | None, *operands: Any) -> str:
         OPERATIONS[operation],
         implementation,
         limits=LIMITS[operation],
-        preference=PREFERENCE[operation],
+        preference=PREFERENCE.get(choice.card() or "", {}).get(operation, ()),
         operands=operands,
     )
+
+
+def for_rows(implementation: str | None) -> str | None:
+    """What a layer's `implementation` means for its rows and routing.
+
+    A layer's name is that of its products. Rows and routing go by it where they have an implementation of that name,
+    else they are picked as for None: with "mosaic_gpu", whose kernels only multiply.
+    """
+    choice.check_name(implementation)
+    return implementation if implementation in OPERATIONS["gather_rows"] else None
+
+
+def tile_of(implementation: str, rows: int, experts: int) -> str | None:
+    """The tile a product takes for a buffer of `rows` rows over `experts` experts, in words; None: it has none."""
+    tiles = {"mosaic_gpu": hopper.hopper_tile, "triton": hopper.triton_tile}
+    return tiles[implementation](rows, experts) if implementation in tiles else None
 
 
 def _run(operation: str, implementation: str | None, *operands: Any) -> Any:
@@ -81,23 +108,26 @@ def grouped_matmul(
     bias_eN: Float[Array, "e N"] | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Float[Array, "R N"]:
+    debug: bool = False,
+) -> Any:
     """Multiplies each row by its group's matrix: x[r] @ w[g].T + bias[g], accumulated in float32.
 
     Args:
       x_RD: (R, D) float32, bfloat16 or float16, sorted by group.
       w_eND: (e, N, D), same dtype: matrices as checkpoints store them.
-      group_sizes_e: (e,) int32, with a sum of at most R.
+      group_sizes_e: (e,) int32, none below zero, with a sum of at most R. It is not looked at: sizes that break this
+        give wrong rows, and kernels may write outside of the result.
       bias_eN: (e, N), added in float32.
       out_dtype: dtype of the result; None: that of x.
       implementation: None, "reference", "mosaic_gpu" or "triton".
+      debug: clip group sizes, and count what was clipped; see `clip_sizes`.
 
     Returns:
-      (R, N); rows past the sum of group_sizes are zeros, whatever x holds there.
+      (R, N); rows past the sum of group_sizes are zeros, whatever x holds there. With debug, it and the count.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist, or cannot take these operands.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,7 +137,9 @@ def grouped_matmul(
     """
     _check_product("grouped_matmul", x_RD, w_eND, group_sizes_e, bias_eN)
     out_dtype = jnp.dtype(out_dtype or x_RD.dtype)
-    return _run("grouped_matmul", implementation, x_RD, w_eND, group_sizes_e, bias_eN, out_dtype)
+    group_sizes_e, clipped = clip_sizes(group_sizes_e, x_RD.shape[0]) if debug else (group_sizes_e, None)
+    y_RN = _run("grouped_matmul", implementation, x_RD, w_eND, group_sizes_e, bias_eN, out_dtype)
+    return (y_RN, clipped) if debug else y_RN
 
 
 def gate_up(
@@ -118,28 +150,61 @@ def gate_up(
     activation: Activation,
     bias_eM: Float[Array, "e M"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "R F"]:
+    debug: bool = False,
+) -> Any:
     """First projection of the experts and the activation, in one: act(x[r] @ w[g].T + bias[g]).
 
     Args:
       x_RD: (R, D) float32, bfloat16 or float16, sorted by group.
       w_eMD: (e, M, D), same dtype; M = 2F gated, F not.
-      group_sizes_e: (e,) int32, with a sum of at most R.
+      group_sizes_e: (e,) int32, none below zero, with a sum of at most R. It is not looked at: sizes that break this
+        give wrong rows, and kernels may write outside of the result.
       activation: applied in float32.
       bias_eM: (e, M), added in float32.
       implementation: None, "reference", "mosaic_gpu" or "triton".
+      debug: as for `grouped_matmul`.
 
     Returns:
-      (R, F) in the dtype of x; rows past the sum of group_sizes are zeros.
+      (R, F) in the dtype of x; rows past the sum of group_sizes are zeros. With debug, it and the count.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist, or cannot take these operands.
     """
     _check_product("gate_up", x_RD, w_eMD, group_sizes_e, bias_eM)
     if activation.gated and w_eMD.shape[1] % 2:
         raise ValueError(f"gate_up: w has {w_eMD.shape[1]} rows a group: expected an even number, gate and up")
-    return _run("gate_up", implementation, x_RD, w_eMD, group_sizes_e, activation, bias_eM)
+    group_sizes_e, clipped = clip_sizes(group_sizes_e, x_RD.shape[0]) if debug else (group_sizes_e, None)
+    h_RF = _run("gate_up", implementation, x_RD, w_eMD, group_sizes_e, activation, bias_eM)
+    return (h_RF, clipped) if debug else h_RF
+
+
+def clip_sizes(group_sizes_e: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"], Int32[Array, ""]]:
+    """Group sizes that a buffer of `rows` rows can have: none below zero, and groups cut off where the buffer ends.
+
+    Args:
+      group_sizes_e: (e,) integers, any.
+      rows: R.
+
+    Returns:
+      (e,) int32 with a sum of at most R, and by how many rows they differ from what was given, () int32: 0 when that
+      was right, and never 0 otherwise. It saturates at about 2^31.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sizes, clipped = clip_sizes(jnp.array([3, -1, 4, 2]), 5)
+      >>> sizes.tolist(), int(clipped)
+      ([3, 0, 2, 0], 5)
+    """
+    sizes_e = group_sizes_e.astype(jnp.int32)
+    # Sums that stop at R: those of garbage would pass 2^31.
+    least_e = jnp.clip(sizes_e, 0, rows)
+    end_e = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, rows), least_e)
+    clipped_e = jnp.diff(end_e, prepend=jnp.zeros((1,), jnp.int32))
+    most = (2**31 - 1) // max(sizes_e.shape[0], 1)
+    # Of the least int32 the distance overflows; it is below the rest of them.
+    difference_e = jnp.where(sizes_e < -most, most, jnp.minimum(jnp.abs(sizes_e - clipped_e), most))
+    return clipped_e, jnp.sum(difference_e, dtype=jnp.int32)
 
 
 def gather_rows(

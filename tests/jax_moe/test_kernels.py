@@ -1,6 +1,8 @@
 """Operations on sorted rows: the reference against formulas in float64, gradients included, and the choice among
 implementations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +145,38 @@ def test_operands_that_do_not_fit_are_refused(change, message):
     given = {"x": x, "sizes": sizes, "bias": bias, **change}
     with pytest.raises(ValueError, match=message):
         kernels.grouped_matmul(given["x"], w, given["sizes"], bias_eN=given["bias"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "kept", "clipped"),
+    [
+        ([3, 0, 2], 5, [3, 0, 2], 0),
+        ([3, 0, 2], 9, [3, 0, 2], 0),
+        ([3, 4, 2], 5, [3, 2, 0], 4),
+        ([3, -1, 2], 5, [3, 0, 2], 1),
+        ([-5, 9, -(2**31)], 4, [0, 4, 0], 5 + 5 + (2**31 - 1) // 3),
+        ([2**31 - 1] * 4, 7, [7, 0, 0, 0], (2**31 - 1) // 4 * 4),
+        ([1, 1], 0, [0, 0], 2),
+    ],
+)
+def test_group_sizes_are_clipped_to_the_rows_and_counted(sizes, rows, kept, clipped):
+    got, count = kernels.clip_sizes(jnp.asarray(sizes, jnp.int32), rows)
+    assert (got.tolist(), int(count)) == (kept, clipped)
+
+
+def test_in_debug_mode_products_run_on_clipped_sizes_and_say_how_many_rows_those_had_too_many():
+    x, w, sizes, bias = problem([4, 5, 2], spare=0)
+    wrong, kept = jnp.array([4, -3, 99]), jnp.array([4, 0, 7])
+    for run in (
+        functools.partial(kernels.grouped_matmul, bias_eN=bias),
+        functools.partial(kernels.gate_up, bias_eM=bias, activation=Activation(name="silu", gated=False)),
+    ):
+        y, clipped = jax.jit(functools.partial(run, debug=True))(x, w, wrong)
+        np.testing.assert_array_equal(y, run(x, w, kept))
+        assert int(clipped) == 3 + 92
+        y, clipped = run(x, w, sizes, debug=True)
+        np.testing.assert_array_equal(y, run(x, w, sizes))
+        assert int(clipped) == 0
 
 
 def test_a_gated_projection_needs_an_even_number_of_rows():

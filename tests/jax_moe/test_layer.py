@@ -1,6 +1,8 @@
 """The whole layer in every parallel mode against one dense formula in float64."""
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -279,3 +281,46 @@ def test_a_repeated_run_is_equal_bit_for_bit():
     step = compiled(RICH, MODES["dp2.tp2.ep.nosp"], trace=True)
     one, other = (step(x, {"counts": counts}) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def stacked(one, args):
+    """`one` on each of a batch in turn."""
+    leaves, tree = jax.tree.flatten(args)
+    return np.stack([one(*jax.tree.unflatten(tree, each)) for each in zip(*leaves, strict=True)])
+
+
+@pytest.mark.parametrize("mode", ["one rank", "dp2.tp2.ep"])
+def test_under_vmap_tokens_or_tokens_and_parameters_are_a_batch(mode):
+    parallel = MODES[mode]
+    params, mesh = sharded(PLAIN, parallel)
+
+    @jax.jit
+    def layer(params, x):
+        return jm.moe(params, x, config=PLAIN, parallel=parallel, mesh=mesh)
+
+    x = np.stack([tokens(ROWS * num_shards(parallel), 16, seed=seed) for seed in range(3)])
+    got = jax.jit(jax.vmap(layer, (None, 0)))(params, x)
+    np.testing.assert_allclose(got, stacked(lambda x: layer(params, x), (x,)), **NARROW)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, leaf / 2]), params)
+    np.testing.assert_allclose(jax.jit(jax.vmap(layer))(many, x), stacked(layer, (many, x)), **NARROW)
+
+
+def test_products_of_float32_are_float32_unless_tf32_is_asked_for_and_the_router_s_always():
+    params, mesh = sharded(SHARED, MODES["one rank"])
+    x = tokens(ROWS, 16)
+
+    def products():
+        """The precision of each product in the layer's program, before anything optimizes it; then the values."""
+        step = jax.jit(lambda x: jm.moe(params, x, config=SHARED, parallel=MODES["one rank"], mesh=mesh))
+        found = re.findall(r"dot_general.*precision = \[(\w+), \w+\]", step.lower(x).as_text())
+        return collections.Counter(found), step(x)
+
+    full, y = products()
+    assert set(full) == {"HIGHEST"}
+    with jax.default_matmul_precision("tensorfloat32"):
+        narrow, y_narrow = products()
+    assert narrow["HIGHEST"] == 1  # the router's
+    assert narrow["HIGH"] == full["HIGHEST"] - 1 >= 4
+    np.testing.assert_array_equal(y, y_narrow)  # CPUs have no TF32
+    with jax.default_matmul_precision("bfloat16"):
+        assert products()[0] == full
