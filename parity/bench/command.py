@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parity.bench import catalog, driver, mesh, plot, report, shapes
+from parity.bench import catalog, driver, mesh, plot, plot_mesh, report, shapes
 from parity.bench.driver import Job, Run
 from parity.case import CaseError
 
@@ -110,7 +110,7 @@ def run(request: Request, console: Console, version: str, ending: Callable) -> i
     if request.quick:
         options = replace(options, repeat=min(options.repeat, QUICK_REPEAT))
     if request.parallel:
-        options = replace(options, devices=max(mesh.world(job.parallel) for job in todo))
+        options = replace(options, devices=max(mesh.world(job.parallel) for job in todo), rated=False)
     for path in (request.json, request.plot, request.log):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +149,10 @@ def run(request: Request, console: Console, version: str, ending: Callable) -> i
 
 def _finish(request: Request, console: Console, out: Run, header: dict, began: datetime) -> None:
     """The table, the JSON and the picture of what there is, whole run or not."""
-    console.print(mesh.table(out) if request.parallel else report.table(out), highlight=False)
+    for table in mesh.tables(out) if request.parallel else [report.table(out)]:
+        console.print(table, highlight=False)
     best = out.best
-    if best is not None and not request.parallel:
+    if best is not None:
         console.print(
             f"floors: {best.tflops:.4g} TFLOP/s in a large bf16 product, {best.gbps:.4g} GB/s in a copy (the best of "
             f"this run's processes)",
@@ -164,7 +165,12 @@ def _finish(request: Request, console: Console, out: Run, header: dict, began: d
     if request.json is not None:
         report.write(request.json, report.document(out, header))
         console.print(f"JSON in {request.json}", highlight=False)
-    if request.plot is not None and best is not None and plot.panels(out):
+    if request.plot is not None:
         devices = {versions.get("device", "") for versions in out.versions.values()}
-        plot.draw(out, request.plot, f"{', '.join(sorted(devices))}, {began:%Y-%m-%d}")
-        console.print(f"picture in {request.plot}", highlight=False)
+        subtitle = f"{', '.join(sorted(devices))}, {began:%Y-%m-%d}"
+        drawn = plot_mesh.draw(out, request.plot, subtitle) if request.parallel else False
+        if best is not None and plot.panels(out):
+            drawn = True
+            plot.draw(out, request.plot, subtitle)
+        if drawn:
+            console.print(f"picture in {request.plot}", highlight=False)

@@ -18,6 +18,7 @@ from parity.bench.shapes import Shape
 GOLDEN, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 MEAN, DEVIATION = 510, math.sqrt((2**16 - 1) / 3)
 SEEDS = {"x": 1, "gate": 2, "gate_up": 3, "down": 4, "rows": 5, "h": 6, "y": 7, "weights": 8, "ids": 9}
+SEEDS |= {"shared_gate_up": 10, "shared_down": 11}
 MASK = 0xFFFFFFFF
 
 

@@ -38,6 +38,8 @@ class Options:
     peers: tuple[Path, ...] = ()
     devices: int = 1
     """Host devices of JAX on a CPU."""
+    rated: bool = True
+    """Whether the device's own rates are measured first; floors are made of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class Process:
     def __init__(self, entry: Entry, options: Options, log: IO[bytes]) -> None:
         command = [sys.executable, "-m", "parity.bench.worker", "--module", entry.module]
         command += ["--lab", entry.lab, "--platform", options.platform]
+        command += ["--unrated"] * (not options.rated)
         for folder in options.peers:
             command += ["--peers", str(folder)]
         self._process = subprocess.Popen(
@@ -200,9 +203,11 @@ def run(jobs: Sequence[Job], options: Options, log_path: Path, watch: Callable[[
                         continue
                     request = {"what": job.what, "shape": asdict(job.shape), "repeat": options.repeat}
                     if job.parallel:
-                        request |= {"what": "mesh", "parallel": job.parallel}
+                        request |= {"parallel": job.parallel}
+                    started = time.monotonic()
                     try:
-                        add(job, **process.ask(request, options.limit))
+                        answer = process.ask(request, options.limit)
+                        add(job, **answer, seconds=round(time.monotonic() - started, 2))
                     except Broken as error:
                         process = None
                         stopped = str(error).startswith("stopped")
@@ -226,7 +231,8 @@ def _start(entry: Entry, options: Options, log: IO[bytes], out: Run) -> tuple[Pr
         process.close()
         return None, f"could not start: {first['failed']}"
     out.versions[entry.name] = first["ready"]["versions"]
-    out.rates.setdefault(entry.name, Rates(**first["ready"]["rates"]))
+    if first["ready"]["rates"]:
+        out.rates.setdefault(entry.name, Rates(**first["ready"]["rates"]))
     return process, ""
 
 

@@ -126,5 +126,7 @@ def line(row: dict) -> str:
     head = f"{row['candidate']:14s} {row['what']:14s} {place:26s}"
     if row["status"] not in MEASURED:
         return f"{head} {row['status']}: {row['reason']}"
+    if "collectives" in row:
+        return f"{head} {', '.join(row['collectives'])}"
     milliseconds = row["whole_ms" if row.get("parallel") else "device_ms"]
     return f"{head} {_ms(milliseconds)} ms" + ("" if row["status"] == "ok" else "  WRONG")

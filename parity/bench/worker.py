@@ -1,7 +1,7 @@
 """The process of one candidate: jobs come as JSON lines on standard input, answers go as JSON lines to standard output.
 
-    job      {"what": "layer", "shape": {...}, "repeat": 10}, or {"what": "mesh", ...} (see `mesh_jax`)
-    answer   {"ready": versions and rates}, then one object a job: "status" and what was measured, or "reason"
+    job      {"what": "layer", "shape": {...}, "repeat": 10}; with "parallel" it is one of `mesh_jax`
+    answer   {"ready": versions, and rates or null}, then one object a job: "status" and what was measured, or "reason"
 
 Whatever a framework prints goes to standard error, which is a log.
 """
@@ -54,7 +54,7 @@ class Bench:
             routings.append(routing)
         measured = lab.measure(operation, prepared, repeat)
         error = reference.error(what, shape, lab, candidate.layout, plain[0], measured.result, routings[0])
-        answer = {name: value for name, value in vars(measured).items() if name != "result"}
+        answer = {name: value for name, value in vars(measured).items() if name not in ("result", "exchange")}
         wrong = not error <= reference.bound(what)
         return answer | {
             "status": "wrong" if wrong else "ok",
@@ -73,9 +73,9 @@ class Bench:
 def answer(bench: Bench, job: dict) -> dict[str, object]:
     """Do a job; what goes wrong is an answer too."""
     try:
-        if job["what"] == "mesh":
+        if "parallel" in job:
             mesh = importlib.import_module("parity.bench.mesh_jax")
-            return mesh.run(bench.lab, Shape(**job["shape"]), job["parallel"], job["repeat"])
+            return mesh.run(bench.lab, job["what"], Shape(**job["shape"]), job["parallel"], job["repeat"])
         return bench.run(job["what"], Shape(**job["shape"]), job["repeat"])
     except Exception as error:
         traceback.print_exc()
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--lab", required=True)
     parser.add_argument("--platform", required=True, choices=("cpu", "gpu"))
     parser.add_argument("--peers", action="append", default=[])
+    parser.add_argument("--unrated", action="store_true", help="measure no rates")
     given = parser.parse_args()
     die_with_parent()
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -105,7 +106,7 @@ def main() -> None:
     try:
         lab = importlib.import_module(given.lab).Lab(given.platform)
         candidate = importlib.import_module(given.module).CANDIDATE()
-        ready = {"versions": lab.versions, "rates": asdict(lab.rates())}
+        ready = {"versions": lab.versions, "rates": None if given.unrated else asdict(lab.rates())}
     except Exception as error:
         traceback.print_exc()
         send(failed=" ".join(f"{type(error).__name__}: {error}".split())[:300])

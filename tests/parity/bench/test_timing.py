@@ -35,6 +35,15 @@ def test_devices_that_meet_are_timed_from_when_the_last_has_begun():
     assert timing.of_devices(devices, meeting=False) == pytest.approx([50e-6, 60e-6])
 
 
+def test_kernels_that_run_beside_an_exchange_hide_it():
+    found = timing.exchange([[(0, 100, "ncclDevKernel_SendRecv"), (40, 20, "gemm"), (50, 70, "gemm")]], 1)
+    assert found == timing.Exchange(ms=100e-6, hidden=0.6, kernels=("ncclDevKernel_SendRecv",))
+    # of several devices the one on which they took longest, by call
+    other = [(0, 300, "MemcpyP2P"), (400, 100, "RaggedAllToAllKernelImpl")]
+    assert timing.exchange([[(0, 10, "nccl")], other], 2).ms == pytest.approx(200e-6)
+    assert timing.exchange([[(0, 100, "gemm")]], 1) is None
+
+
 def test_little_work_rotates_over_many_inputs_and_much_over_few():
     # one token of eight experts of 9.4 MB: four sets pass the cache by
     assert timing.sets_of(75.5e6, cached=True) == 4
