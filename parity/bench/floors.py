@@ -48,13 +48,18 @@ def active_experts(shape: Shape) -> float:
     return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** shape.tokens)
 
 
-def work(what: str, shape: Shape) -> Work:
+def work(what: str, shape: Shape, active: float | None = None) -> Work:
     """What must be done for `what`; the weights of experts that nobody chose need not be read.
 
     The small arrays of a single operation (ids, positions, sizes, weights of slots) are left out: a thousandth.
+
+    Args:
+      what: see `shapes.WHATS`.
+      shape: its sizes.
+      active: experts that were chosen, where that is known; else as many as an even choice would reach.
     """
     T, D, F, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows
-    active = active_experts(shape)
+    active = active_experts(shape) if active is None else active
     if what == "layer":
         weights = active * 3 * D * F + E * D
         return Work(6 * R * D * F + 2 * T * D * E, BF16 * (weights + 2 * T * D))

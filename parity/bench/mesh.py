@@ -16,7 +16,7 @@ from parity.case import CAPABILITIES, TRANSPORTS, Case, CaseError
 
 STAGES = ("route", "dispatch", "experts", "combine")
 MOVES = ("dispatch", "combine")
-ALL, COLLECTIVES, SHARED = "all", "collectives", "+shared"
+ALL, COLLECTIVES, SHARED, ALONE = "all", "collectives", "+shared", "dp1.tp1/local"
 FORMS = {"DP+EP": "dp{n}.tp1.ep", "TP": "dp1.tp{n}", "EP, SP off": "dp1.tp{n}.ep", "EP+SP": "dp1.tp{n}.ep.sp"}
 """The spreads of `all` over n ranks, by parallel mode: tokens different on all ranks, or equal, SP off and on."""
 COUNTERPARTS = {"allgather": ("all_gather", "reduce_scatter"), "local": ("all_reduce", "all_reduce")}
@@ -36,7 +36,7 @@ def spread(parallel: str, ranks: int) -> str:
       CaseError: tp does not divide the ranks.
     """
     if ranks == 1:
-        return "dp1.tp1/local"
+        return ALONE
     tp = int(re.findall(r"\.tp(\d+)", parallel)[0])
     if ranks % tp:
         raise CaseError(f"--ranks {ranks}: tp is {tp}, which does not divide it")
@@ -46,7 +46,7 @@ def spread(parallel: str, ranks: int) -> str:
 def every(ranks: int) -> list[str]:
     """All transports on so many ranks, in every mode of FORMS that they serve."""
     if ranks == 1:
-        return ["dp1.tp1/local"]
+        return [ALONE]
     return [
         f"{form.format(n=ranks)}/{transport}"
         for mode, form in FORMS.items()
@@ -59,7 +59,7 @@ def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int])
     """Every shape on every spread; with `ranks`, each spread over each number of them, scaled both ways.
 
     Strong scaling keeps the tokens of the shape; weak scaling gives the first number of ranks those, and the others as
-    many for each rank.
+    many for each rank. `dp1.tp1/local` is one rank whatever `ranks` say, and so the base of both.
 
     Args:
       shapes: with the tokens of all ranks.
@@ -78,15 +78,15 @@ def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int])
                 if count > 1:
                     nothing = Shape(name="-", tokens=1, hidden=1, intermediate=1, experts=1, top_k=1)
                     out.append(Job(entry=entry, what=COLLECTIVES, shape=nothing, parallel=f"dp{count}.tp1"))
-    for shape in shapes:
-        for text, count, where in _placed(parallel, ranks):
+    for text, count, where in _placed(parallel, ranks):
+        for shape in shapes:
             _check(text, where, shape)
             first = ranks[0] if ranks else count
-            weak = shape.tokens * count // first
+            weak = max(1, shape.tokens * count // first)
             kinds = {"strong": shape.tokens, "weak": weak}
             for kind, tokens in kinds.items() if weak != shape.tokens else [("both", shape.tokens)]:
                 sized = shape if tokens == shape.tokens else shape.with_tokens(tokens)
-                extra = {"scaling": kind} if len(ranks) > 1 else {}
+                extra = {"scaling": kind} if len({*ranks, count}) > 1 else {}
                 what = "shared" if text.endswith(SHARED) else "mesh"
                 out.append(Job(entry=entry, what=what, shape=sized, parallel=where, extra=extra))
     return list({(job.what, job.shape.id, job.parallel, str(job.extra)): job for job in out}.values())
@@ -104,6 +104,8 @@ def _placed(parallel: Sequence[str], ranks: Sequence[int]) -> Iterator[tuple[str
         plain = text.removesuffix(SHARED)
         if plain == ALL:
             yield from ((text, count, where) for count in _needed(ranks, text) for where in every(count))
+        elif plain == ALONE:
+            yield text, 1, plain
         elif re.match(r"dp\d+\.tp\d+[^/]*/\w+$", plain):
             for count in ranks or (world(plain),):
                 yield text, count, spread(plain, count) if ranks else plain

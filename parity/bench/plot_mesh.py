@@ -96,7 +96,7 @@ def _key(row: dict) -> tuple[str, str]:
 def _scaled(rows: list[dict], kind: str) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """Lines of (ranks, milliseconds of the whole) for each shape and spread; one rank belongs to all of a shape."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    mine = [row for row in rows if row.get("scaling") in (kind, "both")]
+    mine = [row for row in rows if row.get("scaling", "both") in (kind, "both")]
     for row in mine:
         if row["ranks"] > 1:
             found.setdefault(_key(row), []).append((row["ranks"], row["whole_ms"]))

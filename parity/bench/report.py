@@ -21,7 +21,7 @@ def judged(row: dict, rates: Rates) -> dict:
     """The row with what follows from its time: floor, fraction of it, speed."""
     if row["status"] not in MEASURED or row.get("parallel"):
         return row
-    work = floors.work(row["what"], Shape(**row["shape"]))
+    work = floors.work(row["what"], Shape(**row["shape"]), row.get("active"))
     seconds = row["device_ms"] / 1e3
     return row | {
         "floor_ms": work.seconds(rates) * 1e3,

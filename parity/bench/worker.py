@@ -19,12 +19,16 @@ import traceback
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from parity.bench import draws, reference, timing
 from parity.bench.candidates.base import Candidate, Inputs
-from parity.bench.floors import work
+from parity.bench.floors import active_experts, work
 from parity.bench.shapes import Shape
 from parity.worker import die_with_parent
 
+FEW_TOKENS = 1024
+"""Up to which the experts that they choose are counted for the floor."""
 OUT_OF_MEMORY = ("out of memory", "resource_exhausted", "outofmemory")
 
 
@@ -61,8 +65,20 @@ class Bench:
             "error": error,
             "checksum": sum(lab.checksum(array) for array in plain[0][: 4 if what == "layer" else 1]) & draws.MASK,
             "sets": len(prepared),
+            "active": self._active(what, shape, plain, routings),
             "note": candidate.note(),
         }
+
+    def _active(self, what: str, shape: Shape, plain: list[tuple], routings: list[draws.Routing]) -> float:
+        """Experts that a call's tokens chose, the mean of its sets of inputs; with many tokens all are."""
+        if what == "layer" and shape.tokens <= FEW_TOKENS:
+            token = np.arange(shape.tokens)
+            gate = self.lab.rows(plain[0][1], np.arange(shape.experts))
+            chosen = [reference.route(self.lab.rows(given[0], token), gate, shape.top_k)[0] for given in plain]
+            return float(np.mean([len(np.unique(ids)) for ids in chosen]))
+        if what == "layer":
+            return active_experts(shape)
+        return float(np.mean([np.count_nonzero(routing.sizes) for routing in routings]))
 
     def _release(self) -> None:
         gc.collect()

@@ -85,3 +85,11 @@ def test_the_reference_of_a_layer_is_the_plain_formula():
 def test_a_lab_in_plain_numpy_serves_as_well():
     row = Bench(fake.CANDIDATE(), fake.Lab()).run("layer", SHAPE, 1)
     assert (row["status"], row["sets"]) == ("ok", 2)
+
+
+def test_a_row_counts_the_experts_that_its_tokens_chose():
+    few = Shape(name="s", tokens=1, hidden=16, intermediate=8, experts=64, top_k=3)
+    bench = Bench(fake.CANDIDATE(), fake.Lab())
+    assert bench.run("layer", few, 1)["active"] == 3
+    routings = [draws.Routing(few, part) for part in range(2)]
+    assert bench._active("down", few, [(), ()], routings) == 3

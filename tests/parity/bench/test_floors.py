@@ -56,3 +56,9 @@ def test_every_kind_of_work_has_a_floor_and_no_other_has():
         assert floors.work(what, SMALL).bytes > 0
     with pytest.raises(ValueError, match="backward"):
         floors.work("backward", SMALL)
+
+
+def test_weights_of_experts_that_nobody_chose_are_in_no_floor():
+    shape = Shape(name="s", tokens=4, hidden=16, intermediate=8, experts=64, top_k=2)
+    weights = 2 * 3 * 16 * 8
+    assert floors.work("layer", shape, 5).bytes - floors.work("layer", shape, 4).bytes == weights

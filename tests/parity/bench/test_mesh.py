@@ -27,6 +27,13 @@ def test_scaling_keeps_all_tokens_or_the_tokens_of_a_rank():
     ]
 
 
+def test_one_rank_is_the_base_of_both_kinds_of_scaling():
+    found = mesh.jobs([TINY], ["dp1.tp1/local", "dp4.tp1.ep/padded"], [4])
+    listed = [(job.parallel.split("/")[0], job.extra.get("scaling"), job.shape.tokens) for job in found]
+    # as many tokens as four ranks have, and as many as one of the four has
+    assert listed == [("dp1.tp1", "strong", 24), ("dp1.tp1", "weak", 6), ("dp4.tp1.ep", None, 24)]
+
+
 def test_one_rank_is_the_layer_that_moves_nothing_and_tp_is_kept():
     assert mesh.spread("dp4.tp2.ep/ragged", 1) == "dp1.tp1/local"
     assert mesh.spread("dp4.tp2.ep.native/ragged", 4) == "dp2.tp2.ep.native/ragged"
