@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -129,6 +130,7 @@ def run(request: Request, console: Console, version: str, ending: Callable) -> i
             "began": began.isoformat(timespec="seconds"),
             "finished": finished,
             "repeat": options.repeat,
+            "command": ["parity", *sys.argv[1:]],
         }
 
     def watch(row: dict) -> None:
