@@ -88,10 +88,6 @@ def sm_count() -> int:
     return getattr(device, "core_count", None) or 132
 
 
-def _cdiv(a, b):
-    return lax.div(a + (b - 1), jnp.int32(b))
-
-
 @dataclasses.dataclass(frozen=True)
 class Work:
     """One tile: its expert, first row, rows that are its own (or a whole tile of them), column tile.

@@ -13,23 +13,33 @@ from jax_moe.kernels import mosaic_gpu_small_groups as small
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel and its tile; `why` is for people."""
+    """A kernel and its tile; the rest is for people.
+
+    Attributes:
+      tile: of the kernel that runs.
+      why: the tile in words.
+      measured: card, day and mean rows of an expert of the measurement that it came from; see the log.
+    """
 
     tile: wide.Tile | small.Tile
     why: str
+    measured: str
 
     @property
     def run(self) -> Callable:
         return wide.grouped_matmul if isinstance(self.tile, wide.Tile) else small.grouped_matmul
 
+    def __str__(self) -> str:
+        return f"{self.why}; from {self.measured} rows an expert"
+
 
 # Mean rows of an expert up to which a choice holds.
 TABLE: tuple[tuple[float, Choice], ...] = (
-    (1.5, Choice(small.Tile(rows=8), "weights on the 64-row side, 8 tokens a tile")),
-    (12, Choice(small.Tile(rows=16), "weights on the 64-row side, 16 tokens a tile")),
-    (64, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile")),
-    (160, Choice(wide.Tile(rows=64), "tiles of 64 rows: the weights are read at the speed of memory")),
-    (float("inf"), Choice(wide.Tile(rows=128), "tiles of 128 rows")),
+    (1.5, Choice(small.Tile(rows=8), "weights on the 64-row side, 8 tokens a tile", "H100, 2026-11-24: 0.06, 1")),
+    (12, Choice(small.Tile(rows=16), "weights on the 64-row side, 16 tokens a tile", "H100, 2026-11-24: 2, 4")),
+    (64, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile", "H100, 2026-11-24: 16, 24, 48")),
+    (160, Choice(wide.Tile(rows=64), "tiles of 64 rows", "H100, 2026-11-24: 128")),
+    (float("inf"), Choice(wide.Tile(rows=128), "tiles of 128 rows", "H100, 2026-11-24: 256 to 2048")),
 )
 
 

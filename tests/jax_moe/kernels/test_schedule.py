@@ -1,5 +1,7 @@
 """The work list of the grouped kernels, against a walk over the groups."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +38,10 @@ def test_every_tile_has_its_record(sizes, tile, spare):
 )
 def test_the_mean_rows_of_an_expert_decide_the_tile(rows, experts, tile_rows):
     assert tiles.choose_tile(rows, experts).tile.rows == tile_rows
+
+
+def test_every_tile_says_what_measurement_it_came_from():
+    said = str(tiles.choose_tile(65536, 128))
+    assert said == "tiles of 128 rows; from H100, 2026-11-24: 256 to 2048 rows an expert"
+    for _, choice in tiles.TABLE:
+        assert re.fullmatch(r"H\d00, 2\d{3}-\d\d-\d\d: .*\d", choice.measured), choice
