@@ -549,7 +549,7 @@ def bench_command(
     ] = None,
     parallel: Annotated[
         list[str] | None,
-        typer.Option("--parallel", metavar="SPREAD", help="Over a mesh: dp4.tp1.ep/padded, all, collectives. Repeat it."),
+        typer.Option("--parallel", metavar="SPREAD", help="Over a mesh: dp4.tp1.ep/padded, all, ... Repeat it."),
     ] = None,
     ranks: Annotated[str | None, typer.Option("--ranks", metavar="N,N", help="--parallel over these, scaled.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows.")] = None,
