@@ -43,3 +43,12 @@ def settle(x: jax.Array, axes: AxisNames) -> jax.Array:
     """Makes the type of `x` say that it is equal along those of `axes` that have one rank, which it trivially is."""
     trivial = tuple(axis for axis in axes if axis in varying_axes(x) and jax.lax.axis_size(axis) == 1)
     return jax.lax.psum(x, trivial) if trivial else x
+
+
+def ragged_all_to_all_works() -> bool:
+    """Whether XLA's `ragged_all_to_all` on GPUs can be relied on: in one process. Between processes it is not used.
+
+    With JAX 0.11.2 both its own kernel and its way through NCCL hang there in some programs, and what its decomposer
+    makes of it loses rows of one token (docs/gpu.md has what was run).
+    """
+    return jax.process_count() == 1

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jax_moe import activation as activations
 from jax_moe import kernels, layer, sharding
+from jax_moe._compat import ragged_all_to_all_works
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.estimate import estimate
 
@@ -120,7 +121,8 @@ def _transport(parallel: ParallelConfig) -> str:
     if parallel.nodes > 1:
         text += f", by way of one rank on each of {parallel.nodes} nodes"
     if parallel.transport == "ragged":
-        text += ", exact sizes" + (f"; a rank accepts {parallel.max_rows} rows" if parallel.max_rows else "")
+        text += ", exact sizes" if ragged_all_to_all_works() else ", exact sizes, in equal blocks between processes"
+        text += f"; a rank accepts {parallel.max_rows} rows" if parallel.max_rows else ""
     else:
         slots = f"; slots for {parallel.capacity_factor:g} times an even spread" if parallel.capacity_factor else ""
         text += ", in slots for each pair of ranks" + slots

@@ -3,7 +3,7 @@
 Every error is a variance in units of (RMS * u)^2, where `u` is the unit roundoff of the case's dtype and RMS * u the
 root-mean-square relative error of one rounding to nearest. The oracle carries these variances through the layer
 beside its values (parity/oracle/layer.py), element by element; this module says what each operation adds and how far
-a sum of such errors may stray (`spread`). docs/numerics.md derives each line.
+their sum may stray (`Errors.most`). docs/numerics.md derives each line.
 """
 
 from __future__ import annotations
@@ -58,14 +58,47 @@ STAGE_ERRORS = {
 """By stage (`parity.stages`). A quantized format will add lines, not loosen these."""
 
 
-def spread(count: float) -> float:
-    """How much the RMS of `count` independent errors may exceed its expectation by chance (one in 1/FALSE_ALARM).
+@dataclass(frozen=True)
+class Errors:
+    """Independent errors taken together, of one row or of several: what the bound on their norm depends on.
 
-    The upper tail of a chi-square with `count` degrees of freedom (Laurent and Massart 2000, lemma 1).
+    Attributes:
+      total: (...) the sum of their variances, in the model's units.
+      squares: (...) the sum of the variances' squares.
+      largest: (...) the largest variance.
     """
-    t = -math.log(FALSE_ALARM)
-    count = max(count, 1.0)
-    return math.sqrt(1 + 2 * math.sqrt(t / count) + 2 * t / count)
+
+    total: np.ndarray
+    squares: np.ndarray
+    largest: np.ndarray
+
+    @classmethod
+    def of(cls, variance: np.ndarray, freedom: float) -> Errors:
+        """Those of each row of (n, C) variances; of the C errors of a row `freedom` are independent, C at most."""
+        total = variance.sum(axis=1)
+        # so few independent errors are this large at least
+        least = total / max(freedom, 1.0)
+        squares = np.maximum((variance**2).sum(axis=1), total * least)
+        return cls(total, squares, np.maximum(variance.max(axis=1, initial=0.0), least))
+
+    def __getitem__(self, rows: np.ndarray) -> Errors:
+        return Errors(self.total[rows], self.squares[rows], self.largest[rows])
+
+    def together(self) -> Errors:
+        """Those of all rows as one."""
+        return Errors(self.total.sum(), self.squares.sum(), np.asarray(self.largest.max(initial=0.0)))
+
+    def joined(self, other: Errors) -> Errors:
+        """These and others as one."""
+        return Errors(self.total + other.total, self.squares + other.squares, np.maximum(self.largest, other.largest))
+
+    def most(self) -> np.ndarray:
+        """What the sum of the squared errors may come to by chance (one in 1 / FALSE_ALARM), in the model's units.
+
+        The upper tail of a sum of squared Gaussians of unequal variances (Laurent and Massart 2000, lemma 1).
+        """
+        t = -math.log(FALSE_ALARM)
+        return self.total + 2 * np.sqrt(t * self.squares) + 2 * t * self.largest
 
 
 def exact_products(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -208,9 +241,9 @@ class ErrorModel:
         return self.f32 * terms2 * RANKS / 2
 
 
-def bound(variance: np.ndarray, count: float, model: ErrorModel) -> np.ndarray:
-    """The bound on a norm whose expected square is `variance` (in the model's units), of `count` independent errors."""
-    return SLACK * spread(count) * model.unit * np.sqrt(variance)
+def bound(errors: Errors, model: ErrorModel) -> np.ndarray:
+    """The bound on the norm of these errors together."""
+    return SLACK * model.unit * np.sqrt(errors.most())
 
 
 def element_bound(variance: np.ndarray, value: np.ndarray, model: ErrorModel) -> np.ndarray:

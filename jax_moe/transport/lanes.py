@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_moe._compat import match_varying
+from jax_moe._compat import match_varying, ragged_all_to_all_works
 from jax_moe._typing import Array, Int32
 
 Axes = tuple[str, ...]
@@ -149,7 +149,7 @@ def _exchange(rows: Array, out: End, into: End, num_rows: int, axes: Axes, pair:
         return jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
     zeros = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
     rows, zeros, *ends = match_varying(rows, zeros, *jax.tree.leaves((out, into)))
-    if not axes:
+    if not axes or not ragged_all_to_all_works():
         return _by_blocks(rows, zeros, *ends, axes=axes, pair=pair)
     return jax.lax.platform_dependent(
         rows,
@@ -189,7 +189,7 @@ def _by_blocks(
     axes: Axes,
     pair: int,
 ) -> Array:
-    """The same where XLA has no `ragged_all_to_all` (CPU): segments travel in equal blocks of `pair` rows."""
+    """The same without XLA's (on CPU, between processes): segments travel in equal blocks of `pair` rows."""
     ranks = first.shape[0]
     step = jnp.arange(pair, dtype=jnp.int32)
     source = jnp.where(step < size[:, None], first[:, None] + step, rows.shape[0]).reshape(-1)

@@ -35,6 +35,9 @@ LEAST_DEVICES = 8
 STUCK_SECONDS = 600
 """XLA ends a process whose devices wait longer than 40 s for each other; a busy machine may be that slow."""
 
+GPU_FLAGS = "--xla_gpu_autotune_level=0"
+"""Timing alternatives costs more than such programs run, on a GPU that several processes keep busy."""
+
 
 class JaxBackend(Backend):
     """The JAX layer."""
@@ -48,10 +51,7 @@ class JaxBackend(Backend):
 
     def processes(self, case: Case) -> int:
         # a process drives each of its GPUs as one rank, so ranks that share one are a process each
-        return case.world if self._process_a_rank() else 1
-
-    def _process_a_rank(self) -> bool:
-        return self.options.jax_processes or self.options.ranks_per_gpu > 1
+        return case.world if self.options.jax_processes or self.options.ranks_per_gpu > 1 else 1
 
     def environment(self, case: Case) -> dict[str, str]:
         if self.options.platform == "gpu":
@@ -73,9 +73,7 @@ class JaxBackend(Backend):
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(gpu.memory_fraction(self.options.ranks_per_gpu)),
             # ours first: of a flag given twice XLA takes the last
-            "XLA_FLAGS": " ".join(
-                [*_gpu_flags(processes=self._process_a_rank()), os.environ.get("XLA_FLAGS", "")]
-            ).strip(),
+            "XLA_FLAGS": f"{GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip(),
             **gpu.socket_interface(self.options.launched),
         }
         if self.options.nccl_library:
@@ -224,20 +222,6 @@ def _fields(owner: Any, names: Mapping[str, str], mesh: jax.sharding.Mesh) -> di
             kept = part if np.issubdtype(part.dtype, np.integer) else part.astype(np.float32)
             out.setdefault(rank, {})[ours] = kept
     return out
-
-
-def _gpu_flags(*, processes: bool) -> list[str]:
-    """Flags of XLA for GPUs, known to every release that is supported: XLA ends a process that has others.
-
-    Args:
-      processes: JAX is a process a rank.
-    """
-    # timing alternatives costs more than such programs run, on a GPU that several processes keep busy
-    flags = ["--xla_gpu_autotune_level=0"]
-    if processes:
-        # between processes both of XLA's ways to move ragged rows hang (docs/gpu.md): let it move them in equal blocks
-        flags.append("--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true")
-    return flags
 
 
 def _by_rank(array: jax.Array, mesh: jax.sharding.Mesh) -> dict[int, np.ndarray]:

@@ -13,7 +13,7 @@ from parity.case import Case
 from parity.oracle import Reference
 from parity.results import RankResult
 from parity.ties import most
-from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, bound, element_bound
+from parity.tolerance import SENSITIVITY, SIGMAS, SLACK, ErrorModel, Errors, bound, element_bound
 from parity.verdict.gate import Gate, graded
 from parity.verdict.layout import assemble, expert_ranks, holdings, home, listed, place
 from parity.verdict.structure import choices, exempt, shown
@@ -40,7 +40,7 @@ def nontrivial(case: Case, reference: Reference) -> Gate:
 
 
 def sensitive(case: Case, reference: Reference, model: ErrorModel) -> Gate:
-    limits = bound(variance(case, reference).sum(axis=1), freedom(case), model)
+    limits = bound(Errors.of(variance(case, reference), freedom(case)), model)
     # a dropped choice adds nothing, nor does relu2 with every unit off: they have nothing to lose
     counts = reference.kept & (reference.slot_norm > 0)
     smallest = np.where(counts, reference.slot_norm, np.inf).min(axis=1)
@@ -69,6 +69,8 @@ class Side:
     """(T,) tokens whose experts differ from the oracle's."""
     error: np.ndarray
     variance: np.ndarray
+    errors: Errors
+    """(T,) of each token."""
 
     @classmethod
     def of(cls, case: Case, reference: Reference, ranks: Sequence[RankResult], model: ErrorModel) -> Side:
@@ -88,7 +90,9 @@ class Side:
             and all(exempt(case, reference, ids[t], t) for t in np.flatnonzero(differ).tolist())
         ):
             reference = reference.replay(ids.astype(np.int64))
-        return cls(y, ids, weights, logits, reference, differ, y - reference.y, variance(case, reference))
+        expected = variance(case, reference)
+        errors = Errors.of(expected, freedom(case))
+        return cls(y, ids, weights, logits, reference, differ, y - reference.y, expected, errors)
 
 
 def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
@@ -120,16 +124,14 @@ def routing(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
 
 def output(case: Case, side: Side, name: str, model: ErrorModel) -> list[Gate]:
     """The output per token, expert, rank and element."""
-    each = freedom(case)
-    error2, variance = (side.error**2).sum(axis=1), side.variance.sum(axis=1)
-    per_token = _over(np.sqrt(error2), bound(variance, each, model))
+    per_token = _over(np.linalg.norm(side.error, axis=1), bound(side.errors, model))
     token = int(np.argmax(per_token))
     off = per_token > 1
     detail = f"{_token(case, side, token)} is off by {per_token[token]:.3g} times its bound{_pattern(case, side, off)}"
     gates = [graded("oracle", name, float(per_token[token]), detail)]
 
     for what, members in (("expert", _users(case, side)), ("DP rank", _residents(case))):
-        ratio = _together(case, side, members, model)
+        ratio = _together(side, members, model)
         worst = int(np.nanargmax(ratio))
         detail = f"tokens of {what} {worst} together are off by {ratio[worst]:.3g} times their bound"
         gates.append(graded("oracle", name, float(ratio[worst]), detail))
@@ -157,21 +159,20 @@ def _residents(case: Case) -> np.ndarray:
     return np.repeat(np.arange(case.dp), case.tokens)[:, None] == np.arange(case.dp)
 
 
-def _together(case: Case, side: Side, members: np.ndarray, model: ErrorModel) -> np.ndarray:
+def _together(side: Side, members: np.ndarray, model: ErrorModel) -> np.ndarray:
     """(n,) the error over its bound of the tokens of each of n groups (T, n) together; NaN where a group has none."""
-    error2, variance = (side.error**2).sum(axis=1), side.variance.sum(axis=1)
+    error2 = (side.error**2).sum(axis=1)
     out = np.full(members.shape[1], np.nan)
     for i in np.flatnonzero(members.any(axis=0)):
         these = members[:, i]
-        limit = bound(variance[these].sum(), freedom(case) * int(these.sum()), model)
-        out[i] = _over(np.sqrt(error2[these].sum()), limit)
+        out[i] = _over(np.sqrt(error2[these].sum()), bound(side.errors[these].together(), model))
     return out
 
 
 def between(case: Case, one: tuple[str, Side], other: tuple[str, Side], model: ErrorModel) -> Gate:
     (name, a), (second, b) = one, other
     same = ~(a.exempt | b.exempt)
-    limit = math.sqrt(2) * bound(a.variance.sum(axis=1), freedom(case), model)
+    limit = math.sqrt(2) * bound(a.errors, model)
     margin = np.where(same, _over(np.linalg.norm(a.y - b.y, axis=1), limit), 0.0)
     token = int(np.argmax(margin))
     detail = f"{_token(case, a, token)}: they differ by {margin[token]:.3g} times sqrt(2) of the bound"
@@ -196,7 +197,7 @@ def numbers(case: Case, side: Side, model: ErrorModel) -> dict:
     spread = np.sqrt((side.error**2).sum(axis=1) / np.maximum((y**2).sum(axis=1), 1e-300))
     token = int(np.argmax(_over(np.linalg.norm(side.error, axis=1), np.sqrt(side.variance.sum(axis=1)))))
     column = int(np.argmax(np.abs(side.error[token])))
-    per_token = _over(np.linalg.norm(side.error, axis=1), bound(side.variance.sum(axis=1), freedom(case), model))
+    per_token = _over(np.linalg.norm(side.error, axis=1), bound(side.errors, model))
     found = choices(case, side.reference)
     chance = np.zeros(1) if found is None else found.chance()
     return {
@@ -229,11 +230,11 @@ def _margins(case: Case, side: Side, model: ErrorModel) -> dict:
     """Error over bound of the tokens of each DP rank, of each expert, and of each expert's tokens on each DP rank."""
     users, residents = _users(case, side), _residents(case)
     out: dict[str, list] = {
-        "by_rank": _plain(_together(case, side, residents, model)),
-        "by_expert": _plain(_together(case, side, users, model)),
+        "by_rank": _plain(_together(side, residents, model)),
+        "by_expert": _plain(_together(side, users, model)),
     }
     if case.dp > 1:
-        both = (_together(case, side, users & residents[:, rank, None], model) for rank in range(case.dp))
+        both = (_together(side, users & residents[:, rank, None], model) for rank in range(case.dp))
         out["by_rank_and_expert"] = [_plain(row) for row in both]
     return out
 

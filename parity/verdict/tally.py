@@ -5,12 +5,13 @@ n rows of a block, C columns
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity.tolerance import SIGMAS, SLACK, ErrorModel, bound, over
+from parity.tolerance import SIGMAS, SLACK, ErrorModel, Errors, bound, over
 from parity.verdict.blocks import Block
 
 INFINITE = 1e9
@@ -46,11 +47,34 @@ class Worst:
     expected: float
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Of one row or of several together: squared errors, what is expected of them, and squared results."""
+
+    error2: np.ndarray
+    expected: Errors
+    exact2: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> Sums:
+        return Sums(self.error2[rows], self.expected[rows], self.exact2[rows])
+
+    def together(self) -> Sums:
+        return Sums(self.error2.sum(), self.expected.together(), self.exact2.sum())
+
+    def joined(self, other: Sums | None) -> Sums:
+        if other is None:
+            return self
+        return Sums(self.error2 + other.error2, self.expected.joined(other.expected), self.exact2 + other.exact2)
+
+
 @dataclass
 class Tally:
-    """Adds up blocks of one stage. `freedom`: independent errors in a row; `drifts`: whether errors have no business
-    to lean one way, because each element has its own; `truncation`: how far sums may lean all the same, relative to
-    their result (`ErrorModel.truncation`); `tail`: how much wider than a Gaussian's an element's is."""
+    """Adds up blocks of one stage.
+
+    `freedom`: independent errors in a row; `drifts`: whether errors have no business to lean one way, because each
+    element has its own; `truncation`: how far sums may lean all the same, relative to their result, and be off together
+    (`ErrorModel.truncation`); `tail`: how much wider than a Gaussian's an element's is.
+    """
 
     model: ErrorModel
     freedom: int
@@ -60,10 +84,8 @@ class Tally:
     worst: Worst | None = None
     lost: str = ""
     """Why some rows have nothing to be held to."""
-    _experts: dict[int, np.ndarray] = field(default_factory=dict)
-    _ranks: dict[int, np.ndarray] = field(default_factory=dict)
-    _total: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    _square: float = 0.0
+    _experts: dict[int, Sums] = field(default_factory=dict)
+    _ranks: dict[int, Sums] = field(default_factory=dict)
     _drift: float = 0.0
     _size: float = 0.0
 
@@ -79,8 +101,8 @@ class Tally:
         error = block.got - expected.exact
         error[np.isnan(error)] = np.inf
         variance = expected.before + expected.own
-        error2, expect2 = (error**2).sum(axis=1), variance.sum(axis=1)
-        by_row = over(np.sqrt(error2), bound(expect2, self.freedom, self.model))
+        rows = Sums((error**2).sum(axis=1), Errors.of(variance, self.freedom), (expected.exact**2).sum(axis=1))
+        by_row = self._over(rows)
         limit = self._element_limit(expected)
         element = over(np.abs(error), limit)
         column = element.argmax(axis=1) if element.size else np.zeros(0, int)
@@ -99,12 +121,9 @@ class Tally:
                 value=float(block.got[row, at]),
                 expected=float(expected.exact[row, at]),
             )
-        sums = np.stack([error2, expect2, np.ones_like(error2)], axis=1)
-        for rows, who in _groups(expert, users):
-            self._experts[who] = self._experts.get(who, np.zeros(3)) + sums[rows].sum(axis=0)
-        self._ranks[block.rank] = self._ranks.get(block.rank, np.zeros(3)) + sums.sum(axis=0)
-        self._total = self._total + sums.sum(axis=0)
-        self._square += float((expected.exact**2).sum())
+        for members, who in _groups(expert, users):
+            self._experts[who] = rows[members].together().joined(self._experts.get(who))
+        self._ranks[block.rank] = rows.together().joined(self._ranks.get(block.rank))
         with np.errstate(invalid="ignore"):
             self._drift += float((np.sign(expected.exact) * error).sum())
         self._size += float(np.abs(expected.exact).sum())
@@ -117,17 +136,28 @@ class Tally:
             limit = limit + self.model.u * np.sqrt(expected.own) * (expected.own > 0)
         return limit
 
+    def _over(self, sums: Sums) -> np.ndarray:
+        """Norms of errors over what chance allows, and leaning."""
+        limit = bound(sums.expected, self.model) + self.truncation * np.sqrt(sums.exact2)
+        return over(np.sqrt(sums.error2), limit)
+
+    @property
+    def _all(self) -> Sums:
+        nothing = np.zeros(())
+        start = Sums(nothing, Errors(nothing, nothing, nothing), nothing)
+        return functools.reduce(lambda a, b: a.joined(b), self._ranks.values(), start)
+
     @property
     def observed_over_model(self) -> float | None:
         """RMS error over its expectation; None where nothing is expected to be off."""
-        error2, expect2, _ = self._total
+        error2, expect2 = self._all.error2, self._all.expected.total
         return float(np.sqrt(error2 / expect2) / self.model.unit) if expect2 > 0 and np.isfinite(error2) else None
 
     @property
     def predicted(self) -> float | None:
         """The RMS error that is expected, over the RMS value; None where nothing is expected to be off."""
-        expect2 = self._total[1]
-        return float(self.model.unit * np.sqrt(expect2 / self._square)) if expect2 > 0 and self._square > 0 else None
+        expect2, exact2 = self._all.expected.total, self._all.exact2
+        return float(self.model.unit * np.sqrt(expect2 / exact2)) if expect2 > 0 and exact2 > 0 else None
 
     def findings(self) -> list[tuple[float, str]]:
         """Every margin with what it is of, the worst first."""
@@ -137,12 +167,12 @@ class Tally:
         if self.worst is not None:
             out.append((self.worst.margin, ""))
         for what, groups in (("of expert", self._experts), ("on rank", self._ranks)):
-            for who, (error2, expect2, rows) in groups.items():
-                limit = bound(np.asarray(expect2), self.freedom * rows, self.model)
-                ratio = min(float(over(np.sqrt(np.asarray(error2)), limit)), INFINITE)
+            for who, sums in groups.items():
+                ratio = min(float(self._over(sums)), INFINITE)
                 out.append((ratio, f"rows {what} {who} together are off by {ratio:.3g} times their bound"))
-        if self.drifts and self._total[1] > 0:
-            limit = SLACK * SIGMAS * self.model.unit * np.sqrt(self._total[1]) + self.truncation * self._size
+        expect2 = self._all.expected.total
+        if self.drifts and expect2 > 0:
+            limit = SLACK * SIGMAS * self.model.unit * np.sqrt(expect2) + self.truncation * self._size
             drift = abs(self._drift) / limit
             ratio = min(float(drift), INFINITE) if np.isfinite(drift) else INFINITE
             way = "towards zero" if self._drift < 0 else "away from zero"

@@ -292,6 +292,16 @@ def test_for_a_gpu_the_ragged_exchange_is_xlas_own_and_for_cpu_it_is_not():
         assert cpu.count("stablehlo.all_to_all") == count
 
 
+def test_between_processes_the_ragged_exchange_moves_equal_blocks(monkeypatch):
+    # XLA's own hangs there
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    x, weights, g = arrays(np.zeros((3, ROWS, 3), int))
+    traced = program.__wrapped__("ragged", "3", 0).trace(x, np.zeros((3 * ROWS, 3), np.int32), weights, g)
+    gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@ragged_all_to_all" not in gpu
+    assert gpu.count("stablehlo.all_to_all") == 4
+
+
 @pytest.mark.parametrize(
     ("limit", "wanted"),
     [

@@ -102,19 +102,9 @@ def test_with_a_gpu_a_rank_jax_is_one_process_unless_asked_otherwise():
     assert "LD_PRELOAD" not in JaxBackend(Options(platform="gpu")).environment(FOUR)
 
 
-def test_ragged_rows_travel_in_blocks_between_processes_only():
-    def flags(**options):
-        return JaxBackend(Options(platform="gpu", **options)).environment(FOUR)["XLA_FLAGS"]
-
-    assert "ragged" not in flags()
-    for several in ({"jax_processes": True}, {"ranks_per_gpu": 4}):
-        assert "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true" in flags(**several)
-
-
-@pytest.mark.parametrize("jax_processes", [False, True])
-def test_the_installed_xla_knows_every_flag_that_gpus_are_given(jax_processes):
+def test_the_installed_xla_knows_every_flag_that_gpus_are_given():
     # XLA ends a process whose flags it does not know, so this is found before a GPU is
-    flags = JaxBackend(Options(platform="gpu", jax_processes=jax_processes)).environment(FOUR)["XLA_FLAGS"]
+    flags = JaxBackend(Options(platform="gpu")).environment(FOUR)["XLA_FLAGS"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

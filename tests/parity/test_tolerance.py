@@ -5,7 +5,7 @@ from parity.arrays import bits_of_float32, float32_of_bits
 from parity.case import Case
 from parity.oracle.network import activation
 from parity.oracle.value import Value
-from parity.tolerance import RMS, SIGMAS, SLACK, ErrorModel, bound, element_bound, spread
+from parity.tolerance import RMS, SIGMAS, SLACK, ErrorModel, Errors, bound, element_bound
 
 
 def test_one_rounding_costs_what_the_constant_says():
@@ -14,13 +14,41 @@ def test_one_rounding_costs_what_the_constant_says():
     assert np.sqrt(np.mean(relative.astype(float) ** 2)) / ErrorModel("bf16").u == pytest.approx(RMS, rel=0.02)
 
 
+def equal(count, freedom=None):
+    """Errors of `count` equal variances, in one row."""
+    return Errors.of(np.ones((1, count)), freedom or count)
+
+
 @pytest.mark.parametrize("count", [1, 4, 32, 256, 4096])
-def test_spread_covers_chance_and_narrows_with_numbers(count):
-    draws = np.random.default_rng(1).standard_normal((20_000, count)) if count <= 256 else None
-    if draws is not None:
-        assert np.sqrt((draws**2).mean(axis=1)).max() < spread(count)
-    assert spread(4 * count) < spread(count)
-    assert spread(10**7) == pytest.approx(1, abs=0.01)
+def test_a_bound_covers_chance_and_narrows_with_numbers(count):
+    if count <= 256:
+        draws = np.random.default_rng(1).standard_normal((20_000, count))
+        assert (draws**2).sum(axis=1).max() < equal(count).most()[0]
+    assert equal(4 * count).most()[0] / 4 < equal(count).most()[0]
+    assert equal(10**7).most()[0] == pytest.approx(10**7, rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_one_large_error_among_many_strays_as_one_and_not_as_many(share):
+    variance = np.full((1, 512), (1 - share) / 511)
+    variance[0, 0] = share
+    draws = np.random.default_rng(1).standard_normal((200_000, 512), dtype=np.float32) ** 2 @ variance[0]
+    errors = Errors.of(variance, 512)
+    assert equal(512).most()[0] / 512 < draws.max() < errors.most()[0]
+    # a rounding is off by u at most, 1 / RMS of what is expected of it
+    assert errors.most()[0] > share / RMS**2
+
+
+def test_errors_that_share_their_causes_are_no_more_than_their_causes():
+    assert equal(512, freedom=8).most()[0] == pytest.approx(64 * equal(8).most()[0])
+
+
+def test_rows_together_are_the_errors_of_all():
+    variance = np.random.default_rng(2).random((6, 32))
+    whole, parts = Errors.of(variance.reshape(1, -1), 192), Errors.of(variance, 32)
+    apart = parts[np.arange(2)].together().joined(parts[np.arange(2, 6)].together())
+    for one in (parts.together(), apart):
+        assert one.most() == pytest.approx(whole.most()[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("depth", [64, 1024])
@@ -66,7 +94,8 @@ def test_an_elements_bound_is_its_rounding_and_what_came_before():
 
 def test_a_bound_scales_with_the_error_it_bounds():
     model = ErrorModel("bf16")
-    assert bound(np.array(4.0), 100, model) == pytest.approx(2 * bound(np.array(1.0), 100, model))
+    variance = np.ones((1, 100))
+    assert bound(Errors.of(4 * variance, 100), model) == pytest.approx(2 * bound(Errors.of(variance, 100), model))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
