@@ -1,10 +1,13 @@
-"""The device's own clock, on a card: profiles in JAX, graphs in PyTorch."""
+"""The device's own clock, on a card: profiles in JAX, graphs in PyTorch; and spreads over two cards."""
 
+import jax
 import numpy as np
 import pytest
 import torch
 
+from parity.bench import mesh, mesh_jax
 from parity.bench.candidates import jax_lab, torch_lab
+from parity.bench.shapes import Shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,3 +30,22 @@ def test_pytorch_is_timed_by_a_graph_and_between_events_where_it_waits_for_the_d
     assert lab.measure(lambda a: a * a.sum().item(), sets, 4).clock == "events"
     torch.cuda.empty_cache()  # which an abandoned capture would forbid
     assert lab.measure(lambda a: a @ a, sets, 4).clock == "graph"
+
+
+@pytest.mark.parametrize("what", ["mesh", "shared"])
+@pytest.mark.parametrize("parallel", mesh.every(2))
+def test_a_spread_over_two_cards_is_right_and_timed_by_a_profile(parallel, what):
+    if len(jax.devices()) < 2:
+        pytest.skip("one GPU; a spread needs two")
+    shape = Shape(name="s", tokens=130, hidden=256, intermediate=128, experts=16, top_k=4)
+    row = mesh_jax.run(jax_lab.Lab("gpu"), what, shape, parallel, 4)
+    assert (row["status"], row["clock"]) == ("ok", "profile")
+    assert row["exchange_ms"] > 0
+
+
+def test_plain_collectives_between_two_cards_have_a_bandwidth_and_kernels():
+    if len(jax.devices()) < 2:
+        pytest.skip("one GPU; a collective needs two")
+    row = mesh_jax.run(jax_lab.Lab("gpu"), "collectives", None, "dp2.tp1", 4)
+    assert all(row["kernels"].values())
+    assert all(each["busbw"] > 0 for points in row["collectives"].values() for each in points)
