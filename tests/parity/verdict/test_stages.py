@@ -231,6 +231,12 @@ def test_sums_that_a_tensor_core_cuts_off_may_lean_a_little(teacher):
 
     little = judged(teacher, "dp1.tp1/local/bf16/t64.d64.f64/e8.k2", cut(1))
     assert little.verdict == "pass", little.reason
+    # off together by more than chance allows, and by less than 512 / 8 cuts come to
+    deep = judged(teacher, "dp1.tp1/local/bf16/t16.d512.f64/e8.k2", cut(20))
+    assert deep.verdict == "pass", deep.reason
+    assert table(deep)["gate_up"]["observed_over_model"] > 2
+    deeper = judged(teacher, "dp1.tp1/local/bf16/t16.d512.f64/e8.k2", cut(2**9))
+    assert table(deeper)["gate_up"]["state"] == "born"
     much = judged(teacher, "dp1.tp1/local/bf16/t64.d64.f64/e8.k2", cut(2**7))
     assert table(much)["gate_up"]["state"] == "born"
 
