@@ -57,7 +57,7 @@ _ROWS = {
 }
 # What None tries on a card (`choice.card`), in order, before the reference.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "hopper": {"grouped_matmul": ("mosaic_gpu", "triton"), "gate_up": ("mosaic_gpu", "triton"), **_ROWS},
+    "hopper": {"grouped_matmul": ("mosaic_gpu",), "gate_up": ("mosaic_gpu",), **_ROWS},
     "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), **_ROWS},
 }
 

@@ -104,13 +104,17 @@ def _kernel(schedule_ref, x_ref, w_ref, *refs, tile: Tile, activation, has_bias:
             return tuple(totals)
 
         accs = tuple(jnp.zeros((tile.rows, width), jnp.float32) for _ in parts)
-        values = list(lax.fori_loop(0, jnp.where(zeros, 0, pl.cdiv(depth, step)), add, accs))
+        # Not a choice between two constants, which JAX lowers as one of booleans (0.10.2 and 0.11.2).
+        steps = jnp.logical_not(zeros).astype(jnp.int32) * pl.cdiv(depth, step)
+        values = list(lax.fori_loop(0, steps, add, accs))
         if has_bias:
             for i, part in enumerate(parts):
                 values[i] += plt.load(bias[0].at[expert, part]).astype(jnp.float32)[None, :]
         value = values[0]
         if activation is not None:
             value = activate(activation, values[0], values[1] if gated else None)
+            for z in values:  # minimum and maximum, as Triton has them, drop NaN
+                value = jnp.where(z != z, z, value)
         value = jnp.where(zeros, 0.0, value).astype(out_ref.dtype)
         plt.store(out_ref.at[target_row[:, None], target_column[None, :]], value, mask=stored)
 

@@ -137,12 +137,10 @@ def test_float32_products_are_off_by_what_was_asked_for(asked, name, kind, activ
     x, w, sizes, b = operands(group_sizes(kind, 128), 200, 264, spare=37, bias=True, dtype=jnp.float32)
     total = int(sizes.sum())
 
-    picked = None if name == "triton" else name  # None comes to Triton by itself
-
     def run(x, w, sizes, b):
         if activation is None:
-            return kernels.grouped_matmul(x, w, sizes, bias_eN=b, implementation=picked)
-        return kernels.gate_up(x, w, sizes, activation=activation, bias_eM=b, implementation=picked)
+            return kernels.grouped_matmul(x, w, sizes, bias_eN=b, implementation=name)
+        return kernels.gate_up(x, w, sizes, activation=activation, bias_eM=b, implementation=name)
 
     with jax.default_matmul_precision("tensorfloat32" if asked == "tf32" else None):
         y = np.asarray(jax.jit(run)(x, w, sizes, b), np.float64)

@@ -73,7 +73,10 @@ def test_float16_takes_the_same_kernels_and_float32_none_unless_it_may_be_tf32(o
     assert kernels_of("H100", dtype="float16") == MOSAIC | ROWS
     assert kernels_of("H100", dtype="float32") == ROWS
     with jax.default_matmul_precision("tensorfloat32"):
-        assert kernels_of("H100", dtype="float32") == TRITON | ROWS
+        assert kernels_of("H100", dtype="float32") == ROWS
+        assert kernels_of("H100", "triton", dtype="float32") == TRITON | ALL_ROWS
+        on("A100")
+        assert kernels_of("A100", dtype="float32") == TRITON | ROWS
 
 
 @pytest.mark.parametrize(

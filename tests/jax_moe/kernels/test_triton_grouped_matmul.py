@@ -1,4 +1,5 @@
-"""The Triton products without a GPU: they lower for Ampere, Ada and Hopper, and interpreted compute the formula."""
+"""The Triton products without a GPU: lowered for Ampere, Ada and Hopper they verify; they compute the formula,
+interpreted by Pallas before they are lowered, and by NumPy after."""
 
 import functools
 
@@ -10,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from jax_moe.kernels import triton_grouped_matmul as triton
 from jax_moe.kernels.schedule import make_schedule
+from tests.jax_moe.kernels import triton_module
 from tests.jax_moe.kernels.problems import ACTIVATIONS, CARDS, assert_right, card, expected, group_sizes, operands
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -76,6 +78,46 @@ def test_the_interpreter_computes_the_formula(interpreted, kind, dtype, activati
         assert (got[int(sizes.sum()) :] == 0).all()
     else:
         assert_right(got, want, int(sizes.sum()))
+
+
+def module_on_numpy(triton_modules, x, w, sizes, bias, activation):
+    """What the programs of the module that a card would get compute."""
+    tile = triton.TABLE[0][1]
+    schedule = make_schedule(sizes, rows=x.shape[0], tile=tile.rows)
+    run = functools.partial(triton.grouped_matmul, tile=tile, activation=activation)
+    with card(CARDS["A100"]):
+        out = jax.jit(run).trace(x, w, schedule, bias=bias)
+        out.lower(lowering_platforms=("cuda",))
+    return triton_module.run(triton_modules[-1], [schedule, x, w, bias], out.out_info.shape, out.out_info.dtype)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "activation", "depth", "columns"),
+    [
+        ([3, 0, 34, 1], jnp.bfloat16, None, 72, 136),
+        ([3, 0, 34, 1], jnp.float16, "interleaved", 72, 72),
+        ([17], jnp.bfloat16, "gelu", 5, 7),
+        ([0, 0, 0], jnp.bfloat16, "swigluoai", 72, 40),
+        ([1, 20], jnp.float32, "silu", 40, 24),
+    ],
+)
+def test_the_module_a_card_would_get_computes_the_formula(triton_modules, sizes, dtype, activation, depth, columns):
+    activation = ACTIVATIONS.get(activation)
+    weight_rows = columns * (2 if activation is not None and activation.gated else 1)
+    x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=21, bias=True, dtype=dtype)
+    got = module_on_numpy(triton_modules, x, w, sizes, bias, activation)
+    want = expected(x, w, sizes, activation=activation, bias=bias)
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    else:
+        assert_right(got, want, int(sizes.sum()))
+
+
+@pytest.mark.parametrize("name", ["swigluoai", "relu2"])
+def test_a_row_of_nan_stays_one_where_a_card_s_minimum_would_drop_it(triton_modules, name):
+    x, w, sizes, bias = operands([5], 40, 48, bias=True)
+    got = module_on_numpy(triton_modules, x.at[2, 3].set(jnp.nan), w, sizes, bias, ACTIVATIONS[name])
+    assert np.isnan(got.astype(np.float32)).all(axis=1).tolist() == [False, False, True, False, False]
 
 
 def test_a_result_may_be_asked_for_in_float32(interpreted):
