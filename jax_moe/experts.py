@@ -85,7 +85,11 @@ def down(
     Returns:
       (R, W) in the dtype of h, partial when F is split; zeros past the last row.
     """
-    bias_eW = params.down_bias
-    if bias_eW is not None:
-        bias_eW = jnp.where(adds_bias, bias_eW, jnp.zeros_like(bias_eW))
+    bias_eW = down_bias(params, adds_bias)
     return kernels.grouped_matmul(h_RF, params.down, group_sizes_e, bias_eN=bias_eW, implementation=implementation)
+
+
+def down_bias(params: ExpertParams, adds_bias: Array | bool) -> Array | None:
+    """The second projection's bias, zeros on a rank that does not add it; None where there is none."""
+    bias_eW = params.down_bias
+    return None if bias_eW is None else jnp.where(adds_bias, bias_eW, jnp.zeros_like(bias_eW))

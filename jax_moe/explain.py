@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_moe import activation as activations
-from jax_moe import kernels, layer, sharding
+from jax_moe import kernels, layer, router, sharding
 from jax_moe._compat import ragged_all_to_all_works
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.estimate import estimate
@@ -167,17 +167,30 @@ def _kernels(
         shapes = ((max(rows, 1), depth), (held, outputs, depth))
         return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((held,), jnp.int32))
 
+    x, w_up, sizes = product(width, inter * (2 if config.gated else 1))
+    h, w_down, _ = product(inter, width)
     operands = {
-        "grouped_matmul": (*product(inter, width), None, dtype),
-        "gate_up": (*product(width, inter * (2 if config.gated else 1)), activation, None),
+        "grouped_matmul": (h, w_down, sizes, None, dtype),
+        "gate_up": (x, w_up, sizes, activation, None),
     }
     said = []
     for name in kernels.OPERATIONS:
+        if name == "few_tokens":
+            continue
         named = implementation if name in operands else kernels.for_rows(implementation)
         chosen = kernels.chosen(name, named, *operands.get(name, ()))
         tile = kernels.tile_of(chosen, rows, held) if name in operands else None
         said.append(f"{name}: {chosen}" + (f" ({tile})" if tile else ""))
-    return ", ".join(said)
+    text = ", ".join(said)
+    if implementation is None and layer.may_fuse(config, parallel):
+        shape = jax.ShapeDtypeStruct
+        few_x = shape((tokens_per_rank, width), dtype)
+        logits = shape((tokens_per_rank, config.num_experts), jnp.float32)
+        rule = router.rule(config.router, config.top_k)
+        few = (few_x, logits, None, w_up, None, w_down, None, activation, rule)
+        if (chosen := kernels.chosen("few_tokens", None, *few)) != "reference":
+            text += f"; or, without padding and trace, all in one few_tokens: {chosen}"
+    return text
 
 
 def _reductions(config: MoEConfig, parallel: ParallelConfig) -> str:

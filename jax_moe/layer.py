@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_moe import activation as activations
-from jax_moe import checks, experts, router, sharding, stages, tokens, transport
+from jax_moe import checks, experts, kernels, router, sharding, stages, tokens, transport
 from jax_moe import trace as traces
 from jax_moe._compat import all_gather_replicated, settle
 from jax_moe._typing import Array, Float, Float32, Int
@@ -250,8 +250,13 @@ def _forward(
     tap = stages.OFF
     if trace:
         tap = traces.Recorder(rows, x_tD.shape[0], counts, config, parallel, lessons)
-    ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, for_rows(implementation), tap)
-    branches = [_routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation, tap)]
+    routed = None
+    if real_c is None and not trace:
+        routed = _few_tokens(params, x_cD, given, config, parallel, activation, implementation)
+    if routed is None:
+        ids_cK, weights_cK = _route(params, x_cD, given, real_c, config, for_rows(implementation), tap)
+        routed = _routed_experts(params, x_cD, ids_cK, weights_cK, config, parallel, activation, implementation, tap)
+    branches = [routed]
     if params.shared is not None:
         shared_cD = tap("shared", shared_expert(params.shared, x_cD, activation))
         branches.append(_Branch(shared_cD, ("tp",) if parallel.shared_tp > 1 else ()))
@@ -263,6 +268,60 @@ def _forward(
 def _zero_padding(x: Array, real_c: Array | None) -> Array:
     """Zeros in rows that are no tokens; by choice and not by product, since they may hold NaN."""
     return x if real_c is None else jnp.where(real_c[:, None], x, jnp.zeros_like(x))
+
+
+def _few_tokens(
+    params: MoEParams,
+    x_cD: Array,
+    given: dict[str, Array],
+    config: MoEConfig,
+    parallel: ParallelConfig,
+    activation: Activation,
+    implementation: str | None,
+) -> _Branch | None:
+    """The routed experts in one operation, where there is a kernel for it; None where there is not.
+
+    A name is for the operations one by one, so it is never taken with one.
+    """
+    if implementation is not None or not may_fuse(config, parallel):
+        return None
+    rule, weights = router.rule(config.router, config.top_k), params.experts
+    logits = jax.ShapeDtypeStruct((x_cD.shape[0], config.num_experts), jnp.float32)
+    first, second = (weights.gate_up, weights.gate_up_bias), (weights.down, weights.down_bias)
+    operands = (x_cD, logits, params.router.bias, *first, *second, activation, rule)
+    if kernels.chosen("few_tokens", implementation, *operands) == "reference":
+        return None
+    y_cD = kernels.few_tokens(
+        x_cD,
+        _logits(params, x_cD, given),
+        params.router.bias,
+        weights.gate_up,
+        weights.down,
+        activation=activation,
+        rule=rule,
+        bias_EM=weights.gate_up_bias,
+        bias_EW=experts.down_bias(weights, _adds_bias(parallel)),
+    )
+    return _Branch(y_cD, routed_partial_over(parallel))
+
+
+def may_fuse(config: MoEConfig, parallel: ParallelConfig) -> bool:
+    """Whether the routed experts of few tokens can be one operation: all of it is here, and nothing comes between."""
+    router_here = config.router.source != "ids" and not config.router.weight_on_input
+    return router_here and parallel.transport == "local" and config.latent_size is None
+
+
+def _logits(params: MoEParams, x_cD: Array, given: dict[str, Array]) -> Array:
+    """The router's logits, computed or given."""
+    if "router_logits" in given:
+        return given["router_logits"].astype(jnp.float32)
+    assert params.router.gate is not None, "the parameters were checked"
+    return router.compute_logits(x_cD, params.router.gate)
+
+
+def _adds_bias(parallel: ParallelConfig) -> Array | bool:
+    """Whether this rank adds the second projection's bias: where its width is split, one rank does."""
+    return jax.lax.axis_index("tp") == 0 if parallel.expert_tp > 1 else True
 
 
 def _route(
@@ -279,11 +338,9 @@ def _route(
         ids_cK, weights_cK = given["topk_ids"].astype(jnp.int32), given["topk_weights"].astype(jnp.float32)
         ids_cK = jnp.where((ids_cK >= 0) & (ids_cK < config.num_experts), ids_cK, config.num_experts)
     else:
-        if config.router.source == "gate":
-            assert params.router.gate is not None, "the parameters were checked"
-            logits_cE = router.compute_logits(x_cD, params.router.gate)
-        else:
-            logits_cE = _zero_padding(given["router_logits"].astype(jnp.float32), real_c)
+        logits_cE = _logits(params, x_cD, given)
+        if config.router.source == "logits":
+            logits_cE = _zero_padding(logits_cE, real_c)
         ids_cK, weights_cK = router.route(
             tap("logits", logits_cE),
             params.router.bias,
@@ -337,9 +394,12 @@ def _routed_experts(
         tap=tap,
         implementation=implementation,
     )
-    adds_bias = jax.lax.axis_index("tp") == 0 if parallel.expert_tp > 1 else True
     y_RW = experts.down(
-        tap("activation", h_RF), params.experts, sizes_e, adds_bias=adds_bias, implementation=implementation
+        tap("activation", h_RF),
+        params.experts,
+        sizes_e,
+        adds_bias=_adds_bias(parallel),
+        implementation=implementation,
     )
     y_cW = tap("combine", mover.combine(tap("down", y_RW), handle))
     routed = _Branch(y_cW, routed_partial_over(parallel))

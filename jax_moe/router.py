@@ -7,7 +7,8 @@ Everything is float32. Equal scores go to the lower index: `jax.lax.top_k` docum
 
 from __future__ import annotations
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 
 from jax_moe import kernels
@@ -49,7 +50,7 @@ def route(
       bias_E: (E,) float32 score correction, or None.
       router: see `RouterConfig`.
       top_k: K.
-      implementation: of the kernels; with groups there is one in plain JAX alone.
+      implementation: of the kernels.
 
     Returns:
       ids (t, K) int32, best first, and weights (t, K) float32. No gradient flows through the choice.
@@ -61,46 +62,17 @@ def route(
       [[1, 2]]
     """
     logits_tE = logits_tE.astype(jnp.float32)
-    if router.num_groups == 1:
-        return kernels.choose_experts(
-            logits_tE,
-            bias_E,
-            top_k=top_k,
-            scoring=router.scoring,
-            renormalize=router.renormalize,
-            scaling=router.scaling_factor,
-            implementation=implementation,
-        )
-    scores_tE = jax.nn.softmax(logits_tE, axis=-1) if router.scoring == "softmax" else jax.nn.sigmoid(logits_tE)
-    selection_tE = jax.lax.stop_gradient(scores_tE)
-    if bias_E is not None:
-        selection_tE = selection_tE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))
-    selection_tE = keep_groups(selection_tE, router.num_groups, router.groups_kept, top_two=bias_E is not None)
-    ids_tK = jax.lax.top_k(selection_tE, top_k)[1].astype(jnp.int32)
-    weights_tK = jnp.take_along_axis(scores_tE, ids_tK, axis=-1)
-    if router.renormalize:
-        weights_tK = weights_tK / (jnp.sum(weights_tK, axis=-1, keepdims=True) + 1e-20)
-    return ids_tK, weights_tK * router.scaling_factor
+    options = dataclasses.asdict(rule(router, top_k))
+    return kernels.choose_experts(logits_tE, bias_E, **options, implementation=implementation)
 
 
-def keep_groups(
-    selection_tE: Float32[Array, "t E"], num_groups: int, groups_kept: int, *, top_two: bool
-) -> Float32[Array, "t E"]:
-    """Sets the selection scores of all but the best groups to -inf.
-
-    Args:
-      selection_tE: (t, E) float32.
-      num_groups: G, a divisor of E; groups are contiguous.
-      groups_kept: how many stay.
-      top_two: a group's score is the sum of its best two, else its best one. A group of one expert has only that one.
-
-    Returns:
-      (t, E) float32.
-    """
-    t, num_experts = selection_tE.shape
-    size = num_experts // num_groups
-    grouped = selection_tE.reshape(t, num_groups, size)
-    score_tG = jnp.sum(jax.lax.top_k(grouped, min(2, size) if top_two else 1)[0], axis=-1)
-    kept = jax.lax.top_k(score_tG, groups_kept)[1]
-    keep_tG = jnp.any(kept[:, :, None] == jnp.arange(num_groups), axis=1)
-    return jnp.where(keep_tG[:, :, None], grouped, -jnp.inf).reshape(t, num_experts)
+def rule(router: RouterConfig, top_k: int) -> kernels.Rule:
+    """What the kernels need to know of a router."""
+    return kernels.Rule(
+        top_k=top_k,
+        scoring=router.scoring,
+        renormalize=router.renormalize,
+        scaling=router.scaling_factor,
+        num_groups=router.num_groups,
+        groups_kept=router.groups_kept,
+    )

@@ -8,6 +8,7 @@ Shape suffixes: R rows sorted by group, e groups (local experts), D depth, N out
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from jax_moe.kernels.gradients import one_by_one, with_gradient_of
 from jax_moe.linear import tf32_asked
 
 NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+FEW_TOKENS = 8  # all of them in the smallest tile
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 
 
@@ -111,6 +113,29 @@ def no_routing(array: Any, *operands: Any) -> str | None:
     if 0 in array.shape:
         return f"nothing to route in {array.shape}"
     return no_triton() or _typed_axes(array, *operands)
+
+
+def no_few_tokens(
+    x: Any,
+    logits: Any,
+    bias: Any,
+    w_up: Any,
+    bias_up: Any,
+    w_down: Any,
+    bias_down: Any,
+    activation: Activation,
+    rule: Any,
+) -> str | None:
+    if x.shape[0] > FEW_TOKENS:
+        return f"{x.shape[0]} tokens: expected at most {FEW_TOKENS}"
+    if w_up.shape[0] > 512:
+        return f"{w_up.shape[0]} experts: expected at most 512"
+    h = jax.ShapeDtypeStruct((x.shape[0], w_down.shape[2]), x.dtype)
+    return (
+        no_routing(logits, bias)
+        or no_gate_up(x, w_up, None, activation, bias_up)
+        or no_grouped_matmul(h, w_down, None, bias_down, x.dtype)
+    )
 
 
 def grouped_matmul(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Array | None, out_dtype: Any) -> Array:
@@ -238,12 +263,20 @@ def combine_rows(y_RD: Array, position_tK: Array, weights_tK: Array) -> Array:
 
 
 def choose_experts(
-    logits_tE: Array, bias_E: Array | None, top_k: int, scoring: str, renormalize: bool, scaling: float
+    logits_tE: Array,
+    bias_E: Array | None,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scaling: float,
+    num_groups: int = 1,
+    groups_kept: int = 1,
 ) -> tuple[Array, Array]:
     """See `ops.choose_experts`. The gradient is that of the weights, for the choice the kernel made."""
     from jax_moe.kernels import triton_routing
 
     static = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize, "scaling": scaling}
+    static |= {"num_groups": num_groups, "groups_kept": groups_kept}
 
     @jax.custom_vjp
     def run(logits_tE: Array, bias_E: Array | None) -> tuple[Array, Array]:
@@ -271,3 +304,58 @@ def plan_rows(topk_ids_tK: Array, first_expert: Array | int, num_local_experts: 
 
     plan = one_by_one(functools.partial(triton_routing.plan_pairs, experts=num_local_experts))
     return plan(topk_ids_tK, jnp.asarray(first_expert, jnp.int32))
+
+
+def few_tokens(
+    x_tW: Array,
+    logits_tE: Array,
+    bias_E: Array | None,
+    w_EMW: Array,
+    bias_EM: Array | None,
+    w_EWF: Array,
+    bias_EW: Array | None,
+    activation: Activation,
+    rule: reference.Rule,
+) -> Array:
+    """See `ops.few_tokens`. The gradient is the reference's, for the choice the kernel made."""
+    from jax_moe.kernels import mosaic_gpu_small_groups as small
+    from jax_moe.kernels import triton_routing
+
+    tokens, tile = x_tW.shape[0], small.Tile(rows=FEW_TOKENS)
+
+    @one_by_one
+    def experts(*operands: Any) -> tuple[Array, Array]:
+        x_tW, logits_tE, bias_E, w_EMW, bias_EM, w_EWF, bias_EW = operands
+        ids_tK, weights_tK, position_tK, schedule = triton_routing.route(logits_tE, bias_E, **dataclasses.asdict(rule))
+        h_RF = small.grouped_matmul(
+            x_tW,
+            w_EMW,
+            schedule,
+            activation=activation,
+            bias=bias_EM,
+            tile=tile,
+            rows=tokens * rule.top_k,
+        )
+        y_RW = small.grouped_matmul(h_RF, w_EWF, schedule, bias=bias_EW, tile=tile)
+        return reference.combine_rows(y_RW, position_tK, weights_tK), ids_tK
+
+    @jax.custom_vjp
+    def run(*operands: Any) -> Array:
+        return experts(*operands)[0]
+
+    def forward(*operands: Any):
+        y_tW, ids_tK = experts(*operands)
+        return y_tW, (operands, ids_tK)
+
+    def backward(saved: tuple, dy_tW: Array):
+        operands, ids_tK = saved
+
+        def plain(x_tW: Array, logits_tE: Array, bias_E: Array | None, *weights: Any) -> Array:
+            del bias_E
+            weights_tK = reference.weigh_experts(logits_tE, ids_tK, rule.scoring, rule.renormalize, rule.scaling)
+            return reference.chosen_experts(x_tW, ids_tK, weights_tK, *weights, activation=activation)
+
+        return jax.vjp(plain, *operands)[1](dy_tW)
+
+    run.defvjp(forward, backward)
+    return run(x_tW, logits_tE, bias_E, w_EMW, bias_EM, w_EWF, bias_EW)

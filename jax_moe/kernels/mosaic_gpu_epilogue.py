@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 try:  # lowering helpers for the stores; present wherever Mosaic GPU is
     from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, gpu, llvm, vector
+    from jax._src.lib.mlir.dialects import arith, gpu, llvm, math, vector
     from jax.experimental.mosaic.gpu import utils as mgpu_utils
 except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dialects
     raise NotImplementedError("this jaxlib has no Mosaic GPU dialects") from error
@@ -174,3 +174,41 @@ def store_columns(array, out_ref, row, rows, column) -> None:
                     llvm.store(value, pointer)
 
     store(array, out_ref, row, rows, column)  # pyright: ignore[reportCallIssue]
+
+
+def store_chosen_columns(array, out_ref, row, tokens, column) -> None:
+    """Writes columns of `array` to rows of `out_ref`: of those whose bit in `tokens` is set, in order, from `row` on.
+
+    Args:
+      array: (C, n) bfloat16 or float16 in WGMMA layout, C a multiple of 64, n at most 32.
+      out_ref: (R, N) in global memory, N a multiple of 8; columns past N are left.
+      row, tokens, column: int32 scalars. Example: row 5, tokens 0b1101: columns 0, 2, 3 become rows 5, 6, 7.
+    """
+    columns = out_ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), SPLAT, SPLAT, SPLAT))
+    def store(ctx, array, out_ref, row, tokens, column):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        c = lambda v: mgpu_utils.c(v, i32)  # noqa: E731
+        row, tokens, column = _scalar(row), _scalar(tokens), _scalar(column)
+        lane_row, lane_column = _lane_origin()
+        first_column = arith.addi(column, lane_row)
+        for n in range(0, array.shape[1], 8):
+            for second in range(2):
+                token = arith.addi(lane_column, c(n + second))
+                chosen = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(arith.shrui(tokens, token), c(1)), c(0))
+                with mgpu_utils.when(chosen):
+                    earlier = arith.andi(tokens, arith.subi(arith.shli(c(1), token), c(1)))
+                    base = _address(out_ref, arith.addi(row, math.ctpop(earlier)), first_column)
+                    for r, column_n, pair in _pairs(array):
+                        if column_n != n:
+                            continue
+                        exists = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(first_column, c(r)), c(columns))
+                        with mgpu_utils.when(exists):
+                            value = vector.extract(
+                                pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([second])
+                            )
+                            llvm.store(value, mgpu_utils.getelementptr(base, [r], array.mlir_dtype))
+
+    store(array, out_ref, row, tokens, column)  # pyright: ignore[reportCallIssue]

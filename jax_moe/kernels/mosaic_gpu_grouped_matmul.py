@@ -92,7 +92,7 @@ def sm_count() -> int:
 class Work:
     """One tile: its expert, first row, rows that are its own (or a whole tile of them), column tile.
 
-    `zeros` says that it lies past the last group.
+    `zeros` says that it lies past the last group; `tokens` is the word of the record that says which tokens it has.
     """
 
     expert: jax.Array
@@ -100,6 +100,7 @@ class Work:
     rows: jax.Array
     column: jax.Array
     zeros: jax.Array
+    tokens: jax.Array
 
 
 def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int) -> Work:
@@ -116,7 +117,7 @@ def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: in
     zeros = expert == experts
     rows = jnp.minimum(jnp.where(zeros, size - row, size), tile)
     row = jnp.where(zeros, row, jnp.maximum(jnp.minimum(row, size - tile), 0)) + start
-    return Work(jnp.minimum(expert, experts - 1), row, rows, column, zeros)
+    return Work(jnp.minimum(expert, experts - 1), row, rows, column, zeros, schedule_ref[at + 6])
 
 
 def weight_tile(w_ref, expert, part, column, columns, k, layout):

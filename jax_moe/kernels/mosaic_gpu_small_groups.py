@@ -6,6 +6,9 @@ With few rows an expert the work is to read the weights once. A tile is 128 rows
 64 up rows that go with them) times 8 to 128 tokens, so tokens waste no more than a multiple of 8, and even one token
 spreads over as many CTAs as there are tiles of weights. One warpgroup keeps up to 210 KB of loads in flight, another
 multiplies.
+
+Where a tile holds all tokens there are, they need not be gathered: every expert multiplies all of them, which costs
+nothing while the weights are still on their way, and stores the columns of those that chose it (`by_token`).
 """
 
 import dataclasses
@@ -50,7 +53,9 @@ class Tile:
         return 210 * 1024 // (2 * self.depth * (128 + self.rows))
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
+def _kernel(
+    *refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool, by_token: bool
+):  # fmt: skip
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
     out_ref, x_smem, w_smem, *rest, full, empty = rest
@@ -65,6 +70,9 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     k_tiles = -(-depth // tile.depth)
     column_tiles = -(-columns // out_columns)
     stages = tile.stages
+    # A load's box must fit into its array. What is left of a stage's rows is whatever was there: columns of the
+    # accumulator that nobody stores.
+    box = min(tile.rows, x_ref.shape[0])
 
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     items = schedule_ref[5] * column_tiles
@@ -97,8 +105,9 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                             source = w_ref.at[work.expert, rows, part, columns_k]
                         target = w_load.at[slot, atom, pl.ds(part * out_columns, out_columns)]
                         plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-                    source = x_ref.at[pl.ds(work.row, tile.rows), columns_k]
-                    plgpu.copy_gmem_to_smem(source, x_load.at[slot, atom], full.at[slot])
+                    source = x_ref.at[pl.ds(0 if by_token else work.row, box), columns_k]
+                    target = x_load.at[slot, atom] if box == tile.rows else x_load.at[slot, atom, pl.ds(0, box)]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
                 return step + 1
 
             return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
@@ -117,6 +126,8 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
             column = work.column * out_columns
             if interpret:
                 store_by_row(value, work, column)
+            elif by_token:
+                epilogue.store_chosen_columns(value, out_ref, work.row, work.tokens, column)
             else:
                 epilogue.store_columns(value, out_ref, work.row, work.rows, column)
 
@@ -128,12 +139,17 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
                 @pl.when(jnp.logical_not(edge) if width == out_columns else edge)
                 def _(width=width):
-                    def row(r, carry):
+                    def one(from_column, row):
                         for c in range(width):
-                            out_ref[work.row + r, column + c] = out_smem[c, r]
-                        return carry
+                            out_ref[row, column + c] = out_smem[c, from_column]
+                        return row + 1
 
-                    lax.fori_loop(0, work.rows, row, None)
+                    def if_chosen(token, row):
+                        wanted = lax.shift_right_logical(work.tokens, token) & 1
+                        return lax.fori_loop(token, token + wanted, one, row)
+
+                    most, body = (tile.rows, if_chosen) if by_token else (work.rows, one)
+                    lax.fori_loop(0, most, body, work.row)
 
         def item(i, step):
             work = find(sm + i * sms)
@@ -189,6 +205,7 @@ def grouped_matmul(
     activation=None,
     bias: jax.Array | None = None,
     tile: Tile = Tile(),
+    rows: int | None = None,
     interpret=None,
 ) -> jax.Array:
     """x @ w[expert].T for rows sorted by expert, with bias and activation where given; made for few rows an expert.
@@ -200,12 +217,15 @@ def grouped_matmul(
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.
       tile: shape of the tiles.
+      rows: R, when x is not rows but all the tokens there are, (t, D) with t at most tile.rows and 32; each record of
+        the schedule then has one tile, and the tokens of its expert as bits.
       interpret: InterpretGPUParams to run on CPU.
 
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    rows, depth = x_RD.shape
+    depth, by_token = x_RD.shape[1], rows is not None
+    rows = x_RD.shape[0] if rows is None else rows
     experts, w_rows, _ = w.shape
     layout = gate_layout(activation)
     gated = layout is not None
@@ -213,8 +233,6 @@ def grouped_matmul(
     if gated:
         order = (2, columns) if layout == "concatenated" else (columns, 2)
         w = w.reshape(experts, *order, depth)
-    if rows < tile.rows:  # a load needs an array at least as long as its box; what the box reads there is not stored
-        x_RD = jnp.pad(x_RD, ((0, tile.rows - rows), (0, 0)))
     operands = [schedule, x_RD, w]
     if bias is not None:
         bias = bias.reshape(experts, *(order if gated else (1, columns)))
@@ -224,7 +242,7 @@ def grouped_matmul(
     sms = sm_count() if interpret is None else 2
     body = functools.partial(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
-        interpret=interpret is not None,
+        interpret=interpret is not None, by_token=by_token,
     )  # fmt: skip
     name = "moe_gate_up_small" if activation is not None else "moe_grouped_matmul_small"
     out_tile = [plgpu.SMEM((64 if gated else 128, tile.rows), x_RD.dtype)] if interpret is not None else []

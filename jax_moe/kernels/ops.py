@@ -36,6 +36,7 @@ OPERATIONS: dict[str, dict[str, Callable]] = {
     "combine_rows": {"reference": reference.combine_rows, "triton": hopper.combine_rows},
     "choose_experts": {"reference": reference.choose_experts, "triton": hopper.choose_experts},
     "plan_rows": {"reference": reference.plan_rows, "triton": hopper.plan_rows},
+    "few_tokens": {"reference": reference.few_tokens, "mosaic_gpu": hopper.few_tokens},
 }
 
 # What an implementation cannot do.
@@ -46,6 +47,7 @@ LIMITS: dict[str, dict[str, Callable[..., str | None]]] = {
     "combine_rows": {"triton": hopper.no_rows},
     "choose_experts": {"triton": hopper.no_routing},
     "plan_rows": {"triton": hopper.no_routing},
+    "few_tokens": {"mosaic_gpu": hopper.no_few_tokens},
 }
 
 _ROWS = {
@@ -57,8 +59,13 @@ _ROWS = {
 }
 # What None tries on a card (`choice.card`), in order, before the reference.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "hopper": {"grouped_matmul": ("mosaic_gpu",), "gate_up": ("mosaic_gpu",), **_ROWS},
-    "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), **_ROWS},
+    "hopper": {
+        "grouped_matmul": ("mosaic_gpu",),
+        "gate_up": ("mosaic_gpu",),
+        "few_tokens": ("mosaic_gpu",),
+        **_ROWS,
+    },
+    "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), "few_tokens": (), **_ROWS},
 }
 
 
@@ -272,9 +279,11 @@ def choose_experts(
     scoring: str,
     renormalize: bool,
     scaling: float,
+    num_groups: int = 1,
+    groups_kept: int = 1,
     implementation: str | None = None,
 ) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
-    """Top-k of the scores plus bias, without groups, and weights: see `router.route`.
+    """Top-k of the scores plus bias, of the best groups where there are groups, and weights: see `router.route`.
 
     Args:
       logits_tE: (t, E) float32.
@@ -283,6 +292,7 @@ def choose_experts(
       scoring: "softmax" or "sigmoid".
       renormalize: divide each token's weights by their sum.
       scaling: factor of the weights, last.
+      num_groups, groups_kept: equal groups that the experts are in, 1 for none, and how many of them are chosen from.
       implementation: None, "reference" or "triton".
 
     Returns:
@@ -291,7 +301,7 @@ def choose_experts(
     Raises:
       NotImplementedError: the named implementation does not exist.
     """
-    operands = (logits_tE, bias_E, top_k, scoring, renormalize, scaling)
+    operands = (logits_tE, bias_E, top_k, scoring, renormalize, scaling, num_groups, groups_kept)
     return _run("choose_experts", implementation, *operands)
 
 
@@ -319,7 +329,53 @@ def plan_rows(
     return _run("plan_rows", implementation, topk_ids_tK, first_expert, num_local_experts)
 
 
-def _check_product(name: str, x: Array, w: Array, group_sizes: Array, bias: Array | None) -> None:
+def few_tokens(
+    x_tW: Float[Array, "t W"],
+    logits_tE: Float[Array, "t E"],
+    bias_E: Float32[Array, " E"] | None,
+    w_EMW: Float[Array, "E M W"],
+    w_EWF: Float[Array, "E W F"],
+    *,
+    activation: Activation,
+    rule: reference.Rule,
+    bias_EM: Float[Array, "E M"] | None = None,
+    bias_EW: Float[Array, "E W"] | None = None,
+    implementation: str | None = None,
+) -> Float32[Array, "t W"]:
+    """All of the routed experts in one, for tokens so few that launches count: from logits to weighted sums.
+
+    Args:
+      x_tW: (t, W) float32, bfloat16 or float16.
+      logits_tE: (t, E) float32.
+      bias_E: (E,) float32 or None; selects, never weighs.
+      w_EMW: (E, M, W), same dtype as x: first projection of all experts; M = 2F gated, F not.
+      w_EWF: (E, W, F), second projection.
+      activation: applied in float32.
+      rule: how experts are chosen.
+      bias_EM, bias_EW: of the projections, added in float32.
+      implementation: None, "reference" or "mosaic_gpu", which takes up to 8 tokens.
+
+    Returns:
+      (t, W) float32: the sum over a token's experts, best first, each rounded to the dtype of x and then weighted.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist, or cannot take so many.
+    """
+    tokens, experts, width = x_tW.shape[0], w_EMW.shape[0], x_tW.shape[1]
+    if logits_tE.shape != (tokens, experts):
+        raise ValueError(f"few_tokens: logits {logits_tE.shape}: expected {(tokens, experts)}")
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    _check_product("few_tokens", x_tW, w_EMW, sizes, bias_EM)
+    h_tF = jax.ShapeDtypeStruct((tokens, w_EMW.shape[1] // (2 if activation.gated else 1)), x_tW.dtype)
+    _check_product("few_tokens", h_tF, w_EWF, sizes, bias_EW)
+    if w_EWF.shape[1] != width:
+        raise ValueError(f"few_tokens: w of {w_EWF.shape[1]} outputs for x {x_tW.shape}: expected {width}")
+    operands = (x_tW, logits_tE, bias_E, w_EMW, bias_EM, w_EWF, bias_EW, activation, rule)
+    return _run("few_tokens", implementation, *operands)
+
+
+def _check_product(name: str, x: Any, w: Array, group_sizes: Any, bias: Array | None) -> None:
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
         raise ValueError(f"{name}: x {x.shape} and w {w.shape}: expected (R, D) and (groups, N, D)")
     if x.dtype != w.dtype:

@@ -10,6 +10,7 @@ Shape suffixes: R rows sorted by group, e groups (local experts), D depth, N out
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,26 @@ from jax_moe import activation as activations
 from jax_moe._compat import match_varying
 from jax_moe._typing import Array, Float, Float32, Int, Int32
 from jax_moe.linear import contract, operand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How scores become a choice and weights; see `router.route`.
+
+    Attributes:
+      top_k: K.
+      scoring: "softmax" or "sigmoid".
+      renormalize: divide each token's weights by their sum.
+      scaling: factor of the weights, last.
+      num_groups, groups_kept: the best groups of experts are chosen first; 1: there are no groups.
+    """
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = False
+    scaling: float = 1.0
+    num_groups: int = 1
+    groups_kept: int = 1
 
 
 def grouped_matmul(
@@ -90,13 +111,75 @@ def choose_experts(
     scoring: str,
     renormalize: bool,
     scaling: float,
+    num_groups: int = 1,
+    groups_kept: int = 1,
 ) -> tuple[Int32[Array, "t K"], Float32[Array, "t K"]]:
     """See `ops.choose_experts`."""
     selection_tE = jax.lax.stop_gradient(_scores(logits_tE, scoring))
     if bias_E is not None:
         selection_tE = selection_tE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))
+    if num_groups > 1:
+        selection_tE = keep_groups(selection_tE, num_groups, groups_kept, top_two=bias_E is not None)
     ids_tK = jax.lax.top_k(selection_tE, top_k)[1].astype(jnp.int32)
     return ids_tK, weigh_experts(logits_tE, ids_tK, scoring, renormalize, scaling)
+
+
+def keep_groups(
+    selection_tE: Float32[Array, "t E"], num_groups: int, groups_kept: int, *, top_two: bool
+) -> Float32[Array, "t E"]:
+    """Sets the selection scores of all but the best groups to -inf.
+
+    Args:
+      selection_tE: (t, E) float32.
+      num_groups: G, a divisor of E; groups are contiguous.
+      groups_kept: how many stay.
+      top_two: a group's score is the sum of its best two, else its best one. A group of one expert has only that one.
+
+    Returns:
+      (t, E) float32.
+    """
+    t, num_experts = selection_tE.shape
+    size = num_experts // num_groups
+    grouped = selection_tE.reshape(t, num_groups, size)
+    score_tG = jnp.sum(jax.lax.top_k(grouped, min(2, size) if top_two else 1)[0], axis=-1)
+    kept = jax.lax.top_k(score_tG, groups_kept)[1]
+    keep_tG = jnp.any(kept[:, :, None] == jnp.arange(num_groups), axis=1)
+    return jnp.where(keep_tG[:, :, None], grouped, -jnp.inf).reshape(t, num_experts)
+
+
+def few_tokens(
+    x_tW: Float[Array, "t W"],
+    logits_tE: Float[Array, "t E"],
+    bias_E: Float32[Array, " E"] | None,
+    w_EMW: Float[Array, "E M W"],
+    bias_EM: Float[Array, "E M"] | None,
+    w_EWF: Float[Array, "E W F"],
+    bias_EW: Float[Array, "E W"] | None,
+    activation: activations.Activation,
+    rule: Rule,
+) -> Float32[Array, "t W"]:
+    """See `ops.few_tokens`."""
+    ids_tK, weights_tK = choose_experts(logits_tE, bias_E, **dataclasses.asdict(rule))
+    return chosen_experts(x_tW, ids_tK, weights_tK, w_EMW, bias_EM, w_EWF, bias_EW, activation)
+
+
+def chosen_experts(
+    x_tW: Float[Array, "t W"],
+    ids_tK: Int32[Array, "t K"],
+    weights_tK: Float32[Array, "t K"],
+    w_EMW: Float[Array, "E M W"],
+    bias_EM: Float[Array, "E M"] | None,
+    w_EWF: Float[Array, "E W F"],
+    bias_EW: Float[Array, "E W"] | None,
+    activation: activations.Activation,
+) -> Float32[Array, "t W"]:
+    """`few_tokens` for a choice that has been made."""
+    tokens, top_k = ids_tK.shape
+    position_tK, group_sizes_E = plan_rows(ids_tK, 0, w_EMW.shape[0])
+    pair = jnp.arange(tokens * top_k, dtype=jnp.int32)
+    token_R = jnp.zeros_like(pair).at[position_tK.reshape(-1)].set(pair // top_k, unique_indices=True)
+    h_RF = gate_up(gather_rows(x_tW, token_R), w_EMW, group_sizes_E, activation, bias_EM)
+    return combine_rows(grouped_matmul(h_RF, w_EWF, group_sizes_E, bias_EW, x_tW.dtype), position_tK, weights_tK)
 
 
 def _scores(logits_tE: Float[Array, "t E"], scoring: str) -> Float32[Array, "t E"]:

@@ -26,39 +26,93 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _choose_kernel(logits_ref, *refs, top_k, scoring, renormalize, scaling, has_bias):
-    *bias, ids_ref, weights_ref = refs
-    token = pl.program_id(0)
-    experts = logits_ref.shape[1]
-    width = _power_of_two(experts)
-    index = lax.iota(jnp.int32, width)
-    real = index < experts
-    logits = plt.load(logits_ref.at[token, index], mask=real, other=-jnp.inf).astype(jnp.float32)
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
+
+
+def _ordered(x):
+    """int32 in the order of float32 values, above LOWEST, a NaN above everything."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(x != x, HIGHEST, jnp.where(bits < 0, bits ^ HIGHEST, bits))
+
+
+class _Lanes:
+    """Where experts lie among the lanes of a row: group by group, each padded to a power of two, and so are groups."""
+
+    def __init__(self, experts: int, num_groups: int):
+        self.size = experts // num_groups
+        self.groups, self.width = _power_of_two(num_groups), _power_of_two(self.size)
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.groups * self.width), 1)
+        group, member = lax.div(lane, jnp.int32(self.width)), lax.rem(lane, jnp.int32(self.width))
+        self.expert = group * self.size + member
+        self.real = (group < num_groups) & (member < self.size)
+
+
+def _keep_groups(selection, lanes: _Lanes, groups_kept: int, top_two: bool):
+    """-inf for all but the best groups, as reference.keep_groups."""
+    tokens = selection.shape[0]
+    grouped = selection.reshape(tokens, lanes.groups, lanes.width)
+    score = jnp.max(grouped, axis=2)
+    if top_two and lanes.size > 1:
+        member = lax.broadcasted_iota(jnp.int32, grouped.shape, 2)
+        best = jnp.min(jnp.where(grouped == score[:, :, None], member, lanes.width), axis=2)
+        score = score + jnp.max(jnp.where(member == best[:, :, None], -jnp.inf, grouped), axis=2)
+    key = _ordered(score)
+    shape = (tokens, lanes.groups, lanes.groups)
+    mine, other = lax.broadcasted_iota(jnp.int32, shape, 1), lax.broadcasted_iota(jnp.int32, shape, 2)
+    ahead = (key[:, None, :] > key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & (other < mine))
+    kept = jnp.sum(ahead.astype(jnp.int32), axis=2) < groups_kept
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(selection.shape)
+
+
+def _choose(logits, bias, lanes: _Lanes, *, top_k, scoring, renormalize, scaling, num_groups, groups_kept):
+    """The choice for rows of logits, (T, lanes) with -inf where no expert is.
+
+    Returns ids and weights (T, S), S the power of two from K, anything past K; the ids again as a list of (T, 1); and
+    which lanes were chosen, (T, lanes).
+    """
     if scoring == "softmax":
-        exponent = jnp.where(real, jnp.exp(logits - jnp.max(logits)), 0.0)
-        scores = exponent / jnp.sum(exponent)
+        exponent = jnp.where(lanes.real, jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True)), 0.0)
+        scores = exponent / jnp.sum(exponent, axis=1, keepdims=True)
     else:
         scores = 1.0 / (1.0 + jnp.exp(-logits))
-    selection = scores
-    if has_bias:
-        selection = scores + plt.load(bias[0].at[index], mask=real, other=0.0)
-    selection = jnp.where(real, selection, -jnp.inf)
+    selection = jnp.where(lanes.real, scores if bias is None else scores + bias, -jnp.inf)
+    if num_groups > 1:
+        selection = _keep_groups(selection, lanes, groups_kept, top_two=bias is not None)
 
-    slots = _power_of_two(top_k)
-    slot = lax.iota(jnp.int32, slots)
-    ids, weights = jnp.zeros((slots,), jnp.int32), jnp.zeros((slots,), jnp.float32)
+    # Chosen lanes, and those without an expert, drop below every other.
+    key = jnp.where(lanes.real, jnp.maximum(_ordered(selection), LOWEST + 1), LOWEST)
+    shape = (logits.shape[0], _power_of_two(top_k))
+    slot = lax.broadcasted_iota(jnp.int32, shape, 1)
+    ids, weights, each = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), []
     for k in range(top_k):
-        best = jnp.max(selection)
-        # The lowest index among equals. A row of NaN has no best: clamped, it still names an expert.
-        chosen = jnp.minimum(jnp.min(jnp.where((selection == best) & real, index, width)), experts - 1)
-        ids = jnp.where(slot == k, chosen, ids)
-        weights = jnp.where(slot == k, jnp.sum(jnp.where(index == chosen, scores, 0.0)), weights)
-        selection = jnp.where(index == chosen, -jnp.inf, selection)
-        real = real & (index != chosen)
+        best = jnp.max(key, axis=1, keepdims=True)
+        chosen = jnp.min(jnp.where(key == best, lanes.expert, HIGHEST), axis=1, keepdims=True)
+        here = (lanes.expert == chosen) & lanes.real
+        weight = jnp.sum(jnp.where(here, scores, 0.0), axis=1, keepdims=True)
+        ids, weights = jnp.where(slot == k, chosen, ids), jnp.where(slot == k, weight, weights)
+        key = jnp.where(here, LOWEST, key)
+        each.append(chosen)
     if renormalize:
-        weights = weights / (jnp.sum(weights) + 1e-20)
+        weights = weights / (jnp.sum(weights, axis=1, keepdims=True) + 1e-20)
+    return ids, weights * scaling, each, (key == LOWEST) & lanes.real
+
+
+def _load_rows(logits_ref, refs, token, lanes: _Lanes, has_bias: bool):
+    tokens = logits_ref.shape[0]
+    logits = plt.load(logits_ref.at[token, lanes.expert], mask=lanes.real & (token < tokens), other=-jnp.inf)
+    bias = plt.load(refs[0].at[lanes.expert], mask=lanes.real, other=0.0) if has_bias else None
+    return logits.astype(jnp.float32), bias
+
+
+def _choose_kernel(logits_ref, *refs, has_bias, top_k, num_groups, **rule):
+    ids_ref, weights_ref = refs[-2:]
+    token = pl.program_id(0) + jnp.zeros((1, 1), jnp.int32)
+    lanes = _Lanes(logits_ref.shape[1], num_groups)
+    logits, bias = _load_rows(logits_ref, refs, token, lanes, has_bias)
+    ids, weights, *_ = _choose(logits, bias, lanes, top_k=top_k, num_groups=num_groups, **rule)
+    slot = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
     plt.store(ids_ref.at[token, slot], ids, mask=slot < top_k)
-    plt.store(weights_ref.at[token, slot], weights * scaling, mask=slot < top_k)
+    plt.store(weights_ref.at[token, slot], weights, mask=slot < top_k)
 
 
 def choose_experts(
@@ -69,8 +123,10 @@ def choose_experts(
     scoring: str = "softmax",
     renormalize: bool = False,
     scaling: float = 1.0,
+    num_groups: int = 1,
+    groups_kept: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores, top-k by score plus bias, and weights, one warp a token; ungrouped.
+    """Scores, top-k by score plus bias, of the best groups where there are groups, and weights; one warp a token.
 
     Returns:
       ids (t, K) int32, best first, equal scores to the lower index, and weights (t, K) float32.
@@ -80,7 +136,7 @@ def choose_experts(
     return pl.pallas_call(
         functools.partial(
             _choose_kernel, top_k=top_k, scoring=scoring, renormalize=renormalize, scaling=scaling,
-            has_bias=bias_E is not None,
+            num_groups=num_groups, groups_kept=groups_kept, has_bias=bias_E is not None,
         ),
         out_shape=(
             jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
@@ -91,6 +147,79 @@ def choose_experts(
         out_specs=(_WHOLE, _WHOLE),
         compiler_params=plt.CompilerParams(num_warps=1),
         name="moe_choose_experts",
+    )(*operands)  # fmt: skip
+
+
+def _route_kernel(logits_ref, *refs, has_bias, top_k, num_groups, **rule):
+    ids_ref, weights_ref, position_ref, schedule_ref = refs[-4:]
+    tokens, experts = logits_ref.shape
+    token = lax.broadcasted_iota(jnp.int32, (_power_of_two(tokens), 1), 0)
+    lanes = _Lanes(experts, num_groups)
+    logits, bias = _load_rows(logits_ref, refs, token, lanes, has_bias)
+    ids, weights, each, chosen = _choose(logits, bias, lanes, top_k=top_k, num_groups=num_groups, **rule)
+
+    # Experts of a row are distinct, so a column of `chosen` is the rows of an expert in order.
+    chosen = (chosen & (token < tokens)).astype(jnp.int32)
+    sizes = jnp.sum(chosen, axis=0)
+    bits = jnp.sum(chosen << token, axis=0)
+    busy = jnp.minimum(sizes, 1)
+    start, number, total = jnp.cumsum(sizes) - sizes, jnp.cumsum(busy) - busy, jnp.sum(busy)
+    row = start[None, :] + jnp.cumsum(chosen, axis=0) - chosen
+    slot = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+    position = jnp.zeros(ids.shape, jnp.int32)
+    for k in range(top_k):
+        here = (lanes.expert == each[k]) & lanes.real
+        position = jnp.where(slot == k, jnp.sum(jnp.where(here, row, 0), axis=1, keepdims=True), position)
+
+    mask = (slot < top_k) & (token < tokens)
+    plt.store(ids_ref.at[token, slot], ids, mask=mask)
+    plt.store(weights_ref.at[token, slot], weights, mask=mask)
+    plt.store(position_ref.at[token, slot], position, mask=mask)
+    field = lax.broadcasted_iota(jnp.int32, (sizes.shape[0], FIELDS), 1)
+    record = jnp.zeros(field.shape, jnp.int32)
+    values = (lanes.expert.reshape(sizes.shape), number, busy, start, sizes, total + jnp.zeros_like(busy), bits)
+    for f, value in enumerate(values):
+        record = jnp.where(field == f, value[:, None], record)
+    plt.store(schedule_ref.at[number[:, None] * FIELDS + field], record, mask=(busy[:, None] > 0) & (field < FIELDS))
+
+
+def route(
+    logits_tE: jax.Array,
+    bias_E: jax.Array | None,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    scaling: float = 1.0,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """All there is to decide for up to 32 tokens whose experts are all here, in one launch of one program.
+
+    Returns:
+      ids and weights, as of `choose_experts`; position (t, K), as of `plan_pairs`; and a schedule for products whose
+      tile holds all tokens: one record for each expert that was chosen, with its tokens as bits in word 6.
+    """
+    tokens, experts = logits_tE.shape
+    lanes = _power_of_two(num_groups) * _power_of_two(experts // num_groups)
+    operands = [logits_tE] + ([] if bias_E is None else [bias_E.astype(jnp.float32)])
+    pairs = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
+    return pl.pallas_call(
+        functools.partial(
+            _route_kernel, top_k=top_k, scoring=scoring, renormalize=renormalize, scaling=scaling,
+            num_groups=num_groups, groups_kept=groups_kept, has_bias=bias_E is not None,
+        ),
+        out_shape=(
+            pairs,
+            jax.ShapeDtypeStruct(pairs.shape, jnp.float32),
+            pairs,
+            jax.ShapeDtypeStruct((min(experts, tokens * top_k) * FIELDS,), jnp.int32),
+        ),
+        grid=(1,),
+        in_specs=[_WHOLE] * len(operands),
+        out_specs=(_WHOLE,) * 4,
+        compiler_params=plt.CompilerParams(num_warps=max(1, min(8, _power_of_two(tokens) * lanes // 256))),
+        name="moe_route",
     )(*operands)  # fmt: skip
 
 

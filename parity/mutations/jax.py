@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import jax_moe
-from jax_moe import experts, layer, router
+from jax_moe import experts, kernels, layer, router
+from jax_moe.kernels import reference
 from jax_moe.transport import allgather
 from parity.mutations.plant import find, replaced
 
@@ -249,12 +250,17 @@ def bias_weighs():
 
 
 def group_by_best():
-    original = router.keep_groups
+    original = reference.keep_groups
 
     def keep_groups(selection, num_groups, groups_kept, *, top_two):
         return original(selection, num_groups, groups_kept, top_two=False)
 
-    return [(router, "keep_groups", keep_groups)]
+    choose = kernels.choose_experts
+
+    def choose_experts(*operands, implementation=None, **options):
+        return choose(*operands, **options, implementation="reference")  # a kernel would not go by it
+
+    return [(reference, "keep_groups", keep_groups), (kernels, "choose_experts", choose_experts)]
 
 
 def tie_rule_swapped():

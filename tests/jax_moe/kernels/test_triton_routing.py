@@ -41,20 +41,68 @@ def test_pairs_get_the_rows_of_a_stable_sort(tokens, top_k, experts, first, held
     np.testing.assert_array_equal(sizes, want_sizes)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-@pytest.mark.parametrize(("experts", "top_k"), [(60, 6), (128, 8)])
-def test_the_choice_of_experts_is_the_reference_s(scoring, experts, top_k):
-    rng = np.random.default_rng(1)
-    logits = rng.standard_normal((17, experts)).astype(np.float32)
-    logits[3] = 0.0  # all equal: the lowest indices
+# Experts, experts a token, groups, groups kept: no power of two, all experts, groups of one, odd groups, DeepSeek's.
+RULES = [(60, 6, 1, 1), (128, 8, 1, 1), (5, 5, 1, 1), (8, 2, 8, 3), (40, 6, 8, 3), (12, 4, 4, 2), (256, 8, 8, 4)]
+
+
+def draws(tokens, experts, seed=1):
+    """Logits with rows of ties, and (bias, logits) pairs: none; a drawn one; zeros, under which groups tie as well."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+    logits[-1] = 0.0  # all equal: the lowest indices
+    coarse = np.round(logits)
     bias = jnp.asarray(rng.standard_normal(experts) / 8, jnp.float32)
-    for b in (None, bias):
+    return [(jnp.asarray(a), b) for a, b in ((logits, None), (logits, bias), (coarse, None), (coarse, 0 * bias))]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_choice_of_experts_is_the_reference_s(scoring, rule):
+    experts, top_k, num_groups, kept = rule
+    options = {"num_groups": num_groups, "groups_kept": kept}
+    for logits, bias in draws(17, experts):
         ids, weights = triton_routing.choose_experts(
-            jnp.asarray(logits), b, top_k=top_k, scoring=scoring, renormalize=True, scaling=2.5
+            logits, bias, top_k=top_k, scoring=scoring, renormalize=True, scaling=2.5, **options
         )
-        want_ids, want_weights = reference.choose_experts(jnp.asarray(logits), b, top_k, scoring, True, 2.5)
+        want_ids, want_weights = reference.choose_experts(logits, bias, top_k, scoring, True, 2.5, **options)
         np.testing.assert_array_equal(ids, want_ids)
         np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("rule", "tokens"), [*zip(RULES, (1, 16, 2, 5, 16, 11, 3), strict=True)], ids=str)
+def test_one_launch_routes_few_tokens(rule, tokens):
+    experts, top_k, num_groups, kept = rule
+    options = {"top_k": top_k, "scoring": "sigmoid", "renormalize": True, "num_groups": num_groups, "groups_kept": kept}
+    for logits, bias in draws(tokens, experts, seed=tokens)[1::2]:
+        ids, weights, position, work = triton_routing.route(logits, bias, **options)
+        want_ids, want_weights = reference.choose_experts(logits, bias, scaling=1.0, **options)
+        np.testing.assert_array_equal(ids, want_ids)
+        np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
+        want_position, sizes = (np.asarray(a) for a in reference.plan_rows(want_ids, 0, experts))
+        np.testing.assert_array_equal(position, want_position)
+        busy, start = np.flatnonzero(sizes), np.cumsum(sizes) - sizes
+        bits = [sum(1 << int(t) for t in np.flatnonzero((np.asarray(want_ids) == e).any(axis=1))) for e in busy]
+        want = [[e, i, 1, start[e], sizes[e], len(busy), bits[i], 0] for i, e in enumerate(busy)]
+        np.testing.assert_array_equal(work.reshape(-1, schedule.FIELDS)[: len(busy)], want)
+
+
+def test_keys_are_in_the_order_of_their_values_and_any_nan_is_the_highest():
+    values = np.float32([-np.inf, -2, -1, -1e-40, 0, 1e-40, 1, np.inf])
+    keys = np.asarray(triton_routing._ordered(jnp.asarray(values)))
+    assert (np.diff(keys) > 0).all()
+    assert keys[0] > triton_routing.LOWEST
+    nans = np.uint32([0x7FC00000, 0xFFC00000, 0xFFFFFFFF]).view(np.float32)
+    assert (np.asarray(triton_routing._ordered(jnp.asarray(nans))) == triton_routing.HIGHEST).all()
+
+
+def test_a_row_of_nan_chooses_distinct_experts_and_leaves_the_other_rows_alone():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 12)), jnp.float32)
+    options = {"top_k": 4, "scoring": "softmax"}
+    want = triton_routing.route(logits, None, **options)
+    got = triton_routing.route(logits.at[1].set(jnp.nan), None, **options)
+    np.testing.assert_array_equal(got[0][1], [0, 1, 2, 3])
+    for a, b in zip(got[:2], want[:2], strict=True):
+        np.testing.assert_array_equal(a[::2], b[::2])
 
 
 @pytest.mark.parametrize("sizes", [[5, 0, 3, 0, 300], [0, 0, 0], [1] * 40])
