@@ -21,6 +21,7 @@ CAUSES = (
     (("address already in use",), "a port is taken by another program"),
     (("address in use",), "a port is taken by another program"),
     (("failed to add port to server",), "a port is taken by another program"),
+    (("failed to start rpc server",), "a port is taken by another program"),
     (("remote process exited",), "a peer is gone"),
     (("connection closed by peer",), "a peer is gone"),
     (("connection reset by peer",), "a peer is gone"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import shutil
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,44 +75,65 @@ class Session:
     _failed_starts: int = 0
 
     def outcome(self, case: Case, then: Case | None = None, planted: tuple[str, str] | None = None) -> Outcome:
-        """Run and judge one case. A rank's trouble is the case's error, never the run's.
+        """Run and judge one case; see `ran`."""
+        return self.ran(case, then, planted)()
+
+    def ran(
+        self, case: Case, then: Case | None = None, planted: tuple[str, str] | None = None
+    ) -> Callable[[], Outcome]:
+        """Run one case. A rank's trouble is the case's error, never the run's.
 
         Args:
           case: which.
           then: the next one, if it is known: the oracle gets to it while the frameworks are busy with this one.
           planted: a bug (`parity.mutations`) and the framework to plant it in.
 
+        Returns:
+          What judges it. It may be called while the next case runs.
+
         Raises:
           InfrastructureError: no case can run.
         """
         began = time.monotonic()
         skipped: dict[str, str] = {}
+
+        def ended(verdict: str, reason: str, metrics: dict, seconds: float) -> Outcome:
+            if skipped:
+                metrics = {**metrics, "skipped": skipped}
+            return Outcome(case=str(case), verdict=verdict, reason=reason, metrics=metrics, seconds=seconds)
+
+        def raised(error: Exception, seconds: float) -> Outcome:
+            return ended("error", f"the harness raised {type(error).__name__}: {error}", {}, seconds)
+
         try:
             skipped = {b.name: reason for b in self.backends if (reason := b.unsupported(case))}
             taking = [backend for backend in self.backends if backend.name not in skipped]
             if not taking:
-                return Outcome(case=str(case), verdict="skip", reason=_refusals(skipped), metrics={"skipped": skipped})
+                return lambda: ended("skip", _refusals(skipped), {}, 0.0)
             results, reference = self.execute(case, taking, *(planted or ()), then=then)
-            judgement = self.harness.judge(case, reference, results)
         except RankError as error:
             metrics = {"ranks": error.ranks, "kind": error.kind, "log": str(error.log), "log_tail": error.tail}
-            verdict, reason = "error", error.reason
+            return functools.partial(ended, "error", error.reason, metrics, time.monotonic() - began)
         except InfrastructureError:
             raise
         except Exception as error:
-            metrics, verdict = {}, "error"
-            reason = f"the harness raised {type(error).__name__}: {error}"
-        else:
+            return functools.partial(raised, error, time.monotonic() - began)
+        running = time.monotonic() - began
+
+        def judged() -> Outcome:
+            began = time.monotonic()
+            try:
+                judgement = self.harness.judge(case, reference, results)
+            except Exception as error:
+                return raised(error, running + time.monotonic() - began)
             failed = [asdict(gate) for gate in judgement.gates if not gate.passed]
-            metrics = {**judgement.metrics, "failed_gates": failed}
-            verdict, reason = judgement.verdict, judgement.reason
-            if verdict == "pass" and len(taking) == 1 < len(self.backends):
+            reason = judgement.reason
+            if judgement.verdict == "pass" and len(taking) == 1 < len(self.backends):
                 reason = f"only {taking[0].name} took the case, held to the oracle alone; {_refusals(skipped)}"
-        if skipped:
-            metrics = {**metrics, "skipped": skipped}
-        return Outcome(
-            case=str(case), verdict=verdict, reason=reason, metrics=metrics, seconds=time.monotonic() - began
-        )
+            metrics = {**judgement.metrics, "failed_gates": failed}
+            return ended(judgement.verdict, reason, metrics, running + time.monotonic() - began)
+
+        return judged
 
     def execute(
         self,
@@ -238,8 +261,8 @@ class Session:
                 folder = self.scratch / "lessons" / str(self._lessons_written)
                 with _room(self.scratch):
                     answers[key] = _Prepared(*self.harness.teach(case, arrays, folder), folder)
-            # never less than this answer and the one before, whose case may not be judged yet
-            while len(answers) > 2 and (
+            # never less than this answer and the two before, of the case that runs and of the one that is being judged
+            while len(answers) > 3 and (
                 len(answers) > ANSWERS_KEPT or sum(answer.nbytes for answer in answers.values()) > ANSWERS_BYTES
             ):
                 _, dropped = answers.popitem(last=False)
@@ -334,12 +357,26 @@ def run(
     todo = [case for case in cases if str(case) not in folder.done]
     left = sum(map(cost, todo))
     began, spent, out = time.monotonic(), 0.0, []
-    for index, case in enumerate(todo):
-        outcome = live.outcome(case, todo[index + 1] if index + 1 < len(todo) else None)
+
+    def finish(case: Case, judge: Callable[[], Outcome]) -> Outcome:
+        nonlocal spent, left
+        outcome = judge()
         folder.add(outcome)
         out.append(outcome)
         spent, left = spent + cost(case), left - cost(case)
-        watch(outcome, len(todo) - index - 1, (time.monotonic() - began) / spent * left)
-        if fail_fast and outcome.verdict in ("fail", "error"):
-            break
+        watch(outcome, len(todo) - len(out), (time.monotonic() - began) / spent * left)
+        return outcome
+
+    # A case is judged while the next one runs; so they are all told by this one thread, in order.
+    with ThreadPoolExecutor(max_workers=1) as judging:
+        before: Future[Outcome] | None = None
+        for index, case in enumerate(todo):
+            judge = live.ran(case, todo[index + 1] if index + 1 < len(todo) else None)
+            if before is not None:
+                before.result()
+            before = judging.submit(finish, case, judge)
+            if fail_fast and before.result().verdict in ("fail", "error"):
+                break
+        if before is not None:
+            before.result()
     return out

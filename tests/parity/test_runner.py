@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,12 +31,13 @@ class Live:
     answers: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
 
-    def outcome(self, case, then=None):
+    def ran(self, case, then=None):
         self.asked.append(str(case))
         answer = self.answers.get(str(case), "pass")
         if isinstance(answer, BaseException):
             raise answer
-        return Outcome(case=str(case), verdict=answer, reason="" if answer == "pass" else "because", seconds=0.5)
+        reason = "" if answer == "pass" else "because"
+        return lambda: Outcome(case=str(case), verdict=answer, reason=reason, seconds=0.5)
 
 
 def _folder(path, cases=FINE, resume=False):
@@ -54,6 +56,36 @@ def test_each_case_is_a_line_as_soon_as_it_is_judged(tmp_path):
         runner.run(FINE, Live(), folder, watch=lambda outcome, left, s: seen.append((left, len(_lines(tmp_path)))))
     assert seen == [(2, 1), (1, 2), (0, 3)]
     assert set(_lines(tmp_path)[0]) == {"case", "verdict", "reason", "metrics", "seconds"}
+
+
+def test_a_case_is_judged_while_the_next_one_runs_and_told_in_order(tmp_path):
+    started = [threading.Event() for _ in FINE]
+
+    class Busy(Live):
+        def ran(self, case, then=None):
+            at = FINE.index(case)
+            judge = super().ran(case, then)
+            started[at].set()
+
+            def judged():
+                assert at + 1 == len(FINE) or started[at + 1].wait(30), "the next case has not begun"
+                return judge()
+
+            return judged
+
+    with _folder(tmp_path) as folder:
+        outcomes = runner.run(FINE, Busy(), folder)
+    assert [outcome.case for outcome in outcomes] == [line["case"] for line in _lines(tmp_path)] == list(map(str, FINE))
+
+
+def test_trouble_in_telling_ends_the_run(tmp_path):
+    def watch(*_):
+        raise OSError("no room")
+
+    live = Live()
+    with _folder(tmp_path) as folder, pytest.raises(OSError, match="no room"):
+        runner.run(FINE, live, folder, watch=watch)
+    assert len(live.asked) <= 2
 
 
 def test_an_interruption_keeps_what_is_done_and_resume_goes_on(tmp_path):
@@ -344,9 +376,9 @@ def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(teaching):
 def test_lessons_of_answers_that_are_dropped_are_deleted(teaching, monkeypatch):
     live, _ = teaching
     monkeypatch.setattr(runner, "ANSWERS_BYTES", 0)
-    for case in FINE:
+    for case in [*FINE, Case.parse(case_id(4))]:
         assert live.outcome(case).verdict == "pass"
-    assert len(list((live.scratch / "lessons").iterdir())) == 2
+    assert len(list((live.scratch / "lessons").iterdir())) == 3
 
 
 def test_scratch_space_is_removed_with_what_killed_runs_left(monkeypatch, tmp_path):
