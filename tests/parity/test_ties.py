@@ -22,7 +22,7 @@ TIED = [
     "dp1.tp1/local/bf16/t24.d32.f16/e8.k2/gate+sigmoid+bias+ties",
     "dp1.tp1/local/bf16/t24.d32.f16/e16.k3/sigmoid+groups4-2+bias+ties",
     "dp1.tp1/local/bf16/t24.d32.f16/e16.k3/gate+groups8-3+ties",
-    "dp1.tp1/local/bf16/t24.d32.f16/e67.k5/ties",
+    "dp1.tp1/local/bf16/t24.d64.f48/e67.k5/ties",
 ]
 NEAR = [text.replace("ties", "nearties") for text in TIED] + [
     "dp1.tp1/local/f32/t24.d32.f16/e8.k2/sigmoid+nearties",
