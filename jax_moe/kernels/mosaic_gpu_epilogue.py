@@ -14,11 +14,24 @@ except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dial
     raise NotImplementedError("this jaxlib has no Mosaic GPU dialects") from error
 
 
+STORES_TRANSPOSED = hasattr(plgpu, "InterpretGPUParams")
+
+
 def load_bias(ref, *, reduced: int) -> jax.Array:
     """A vector from global memory in the layout of an accumulator's rows (reduced=1) or columns (reduced=0)."""
     # Before 0.11 the index is a required argument, since then a deprecated one.
     index = () if inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty else (None,)
     return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(reduced), optimized=False)
+
+
+def transpose_into(value: jax.Array, ref, *, interpret: bool) -> None:
+    """Writes the transpose of `value`, (64, n) of 16 bits in WGMMA layout, to `ref`, (n, 64) in shared memory."""
+    if interpret:
+        ref[...] = value.T
+        return
+    transposed = ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+    # Since 0.11 stmatrix transposes as it stores; before, lanes exchange halves of their registers first.
+    transposed[...] = value if STORES_TRANSPOSED else plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def erfc(x: jax.Array) -> jax.Array:

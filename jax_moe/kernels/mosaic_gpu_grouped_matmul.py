@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels import mosaic_gpu_gather as gather
 from jax_moe.kernels.schedule import FIELDS, make_schedule
 
 DEPTH = 64  # columns, of two bytes each, in the 128 bytes of one swizzle atom
@@ -34,12 +35,18 @@ class Tile:
       stages: stages of the ring of operands.
       band: tiles of rows that are walked together before the next column of weights.
       pair: two CTAs of a cluster take neighbouring columns and load their common rows once, by multicast.
+      skew: stages by which the first multiplying warpgroup leads the second, so that one multiplies while the other
+        stores; 0 lets them run as they like.
+      lag: stages that gathered rows have to arrive, at most `stages` - 2: a stage is free when the next one has been
+        multiplied, and rows arrive when `lag` further stages have been free.
     """
 
     rows: int = 128
     stages: int = 4
     band: int = 16
     pair: bool = False
+    skew: int = 0
+    lag: int = 2
 
 
 def operand_memory(shape, dtype, *, interpret: bool):
@@ -128,10 +135,11 @@ def weight_tile(w_ref, expert, part, column, columns, k, layout):
     return w_ref.at[expert, part, rows, depth] if layout == "concatenated" else w_ref.at[expert, rows, part, depth]
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
-    out_ref, x_smem, w_smem, out_smem, full, empty = rest
+    index_ref = rest.pop(0) if has_index else None
+    out_ref, x_smem, w_smem, out_smem, full, empty, *turn = rest
     x_load, x_smem = views(x_smem, interpret=interpret)
     w_load, w_smem = views(w_smem, interpret=interpret)
     out_store, out_smem = views(out_smem, interpret=interpret)
@@ -144,6 +152,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     k_tiles = -(-depth // DEPTH)
     column_tiles = -(-columns // out_columns)
     stages = tile.stages
+    skew = tile.skew if k_tiles > 2 * stages else 0  # a lead of a whole tile would pass the barrier twice
 
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
     if tile.pair:
@@ -162,6 +171,12 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     def _load():
         plgpu.set_max_registers(40, action="decrease")
 
+        def arrived(step, lag):
+            @pl.when(step >= lag)
+            def _():
+                gather.wait(lag)
+                plgpu.barrier_arrive(full.at[lax.rem(step - lag, jnp.int32(stages))])
+
         def item(i, step):
             work = find(sm + i * sms)
 
@@ -172,20 +187,27 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                source = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
-                together = "cta" if tile.pair else None
-                plgpu.copy_gmem_to_smem(source, x_load.at[slot], full.at[slot], collective_axes=together)
+                if index_ref is None:
+                    source = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
+                    together = "cta" if tile.pair else None
+                    plgpu.copy_gmem_to_smem(source, x_load.at[slot], full.at[slot], collective_axes=together)
                 for part in range(parts):
                     plgpu.copy_gmem_to_smem(
                         weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
                         w_load.at[slot, pl.ds(part * out_columns, out_columns)],
                         full.at[slot],
                     )
+                if index_ref is not None:
+                    gather.start(x_ref, index_ref, x_load.at[slot], work.row, k, rows=tile.rows)
+                    arrived(step, tile.lag)
                 return step + 1
 
             return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
 
         step = lax.fori_loop(0, trips, item, jnp.int32(0))
+        if index_ref is not None:
+            for lag in reversed(range(tile.lag)):
+                arrived(step - 1, lag)
 
         def drain(s, carry):  # leave no barrier with a phase that nobody has seen
             plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
@@ -237,7 +259,19 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                     mma(k, carry)
                     plgpu.wgmma_wait(len(accs))  # the multiplications before these have read their stage
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
+                    if skew:
+
+                        @pl.when((k == skew) & (wg == 0))
+                        def _():
+                            plgpu.barrier_arrive(turn[0])
+
                     return carry
+
+                if skew:
+
+                    @pl.when(wg == 1)
+                    def _():
+                        plgpu.barrier_wait(turn[0])
 
                 mma(0, None)
                 lax.fori_loop(1, k_tiles, steady, None)
@@ -312,6 +346,7 @@ def grouped_matmul(
     *,
     activation=None,
     bias: jax.Array | None = None,
+    index_R: jax.Array | None = None,
     tile: Tile = Tile(),
     interpret=None,
 ) -> jax.Array:
@@ -323,13 +358,15 @@ def grouped_matmul(
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.
+      index_R: (R,) int32; where given, x is (t, D) and its rows are gathered as they are loaded.
       tile: shape of the tiles.
       interpret: InterpretGPUParams to run on CPU.
 
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    rows, depth = x_RD.shape
+    depth = x_RD.shape[1]
+    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
     experts, w_rows, _ = w.shape
     layout = gate_layout(activation)
     gated = layout is not None
@@ -344,9 +381,15 @@ def grouped_matmul(
         if gated and layout != "concatenated":
             bias = bias.transpose(0, 2, 1)
         operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
+    if index_R is not None:
+        # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
+        assert tile.lag <= tile.stages - 2, tile
+        assert tile.lag + tile.skew <= tile.stages - 1, tile
+        operands.append(jnp.pad(index_R, (0, tile.rows)))  # a tile may reach past the last row
     sms = (sm_count() // 2 if tile.pair else sm_count()) if interpret is None else 2
     body = functools.partial(
-        _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
+        has_index=index_R is not None, sms=sms, experts=experts,
         interpret=interpret is not None,
     )  # fmt: skip
     name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
@@ -363,6 +406,7 @@ def grouped_matmul(
             plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=2, num_barriers=tile.stages)
             if tile.pair
             else plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            *([plgpu.Barrier(num_arrivals=1)] if tile.skew else []),
         ],
         grid=(sms,),
         grid_names=("sm",),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_moe.kernels import mosaic_gpu_any_height as any_height
 from jax_moe.kernels import mosaic_gpu_grouped_matmul as wide
 from jax_moe.kernels import mosaic_gpu_small_groups as small
 from jax_moe.kernels.schedule import make_schedule
@@ -29,15 +30,21 @@ def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None
 )
 @pytest.mark.parametrize(
     ("kernel", "tile"),
-    [(wide, wide.Tile()), (wide, wide.Tile(rows=64)), (wide, wide.Tile(pair=True)), (small, small.Tile(rows=16))],
-    ids=["128 rows", "64 rows", "pairs", "small groups"],
+    [
+        (wide, wide.Tile()),
+        (wide, wide.Tile(rows=64)),
+        (wide, wide.Tile(pair=True)),
+        (any_height, any_height.Tile(rows=136)),
+        (small, small.Tile(rows=16)),
+    ],
+    ids=["128 rows", "64 rows", "pairs", "136 rows", "small groups"],
 )
 def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
     x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True, dtype=dtype)
     run = functools.partial(multiply, kernel, tile, activation=activation and ACTIVATIONS[activation])
     program = jax.jit(run).trace(x, w, sizes, bias).lower(lowering_platforms=("cuda",)).as_text()
-    suffix = "_small" if kernel is small else ""
+    suffix = {small: "_small", any_height: "_any_height"}.get(kernel, "")
     name = ("moe_grouped_matmul" if activation is None else "moe_gate_up") + suffix
     assert f"{name}_mosaic_gpu" in program or name in program
     assert "mosaic_gpu" in program
@@ -50,9 +57,12 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
         (wide, wide.Tile(stages=2), [130, 0, 40], 72, 264, None, False, jnp.float16),
         (wide, wide.Tile(stages=2, pair=True), [129, 5], 72, 272, "interleaved", True, jnp.bfloat16),
         (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False, jnp.bfloat16),
+        (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], 72, 272, "swigluoai", True, jnp.bfloat16),
+        (any_height, any_height.Tile(rows=16, stages=2), [3, 17], 136, 264, None, True, jnp.float16),
+        (any_height, any_height.Tile(rows=40, skew=1, buffers=2), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
         (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True, jnp.float16),
     ],
-    ids=["128 rows", "pairs", "64 rows", "small groups"],
+    ids=["128 rows", "pairs", "64 rows", "24 rows", "16 rows", "40 rows, skewed", "small groups"],
 )
 def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias, dtype):
     x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias, dtype=dtype)

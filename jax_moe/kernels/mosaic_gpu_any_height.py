@@ -1,0 +1,342 @@
+"""Grouped matmul for Hopper in tiles of any multiple of 8 rows: weights on wgmma's 64-row side, tokens on the other.
+
+Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
+
+The pipeline is that of mosaic_gpu_grouped_matmul.py with the operands swapped. A CTA's tile is 256 rows of weights by
+`Tile.rows` tokens: each of its two multiplying warpgroups has 128 rows of weights (gated: 64 gate rows and the 64 up
+rows that go with them, so that both halves of a pair are in one thread's registers) and all of the tokens. The token
+side of wgmma may be any multiple of 8, so the height can be chosen just above a half, a third, ... of a group: where
+groups have a few hundred rows, less of their last tile is wasted than with tiles of 128. The accumulator is transposed
+on its way to shared memory, from where whole tiles leave as TMA boxes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels import mosaic_gpu_gather as gather
+from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
+    DEPTH,
+    find_work,
+    gate_layout,
+    named,
+    operand_memory,
+    sm_count,
+    transposed,
+    views,
+    weight_tile,
+)
+
+BLOCK = 64  # columns of the result in a block: one wgmma's rows of weights
+SHARED = 227 * 1024 - 1024  # bytes of shared memory for operands and results; the rest is barriers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Shape of a CTA's tile and of its pipeline.
+
+    Attributes:
+      rows: tokens of a tile, a multiple of 8 up to 184.
+      stages: stages of the ring of operands.
+      buffers: blocks of results that each warpgroup may have on their way to memory: 1, 2, or 4 without a gate.
+      band: tiles of rows that are walked together before the next column of weights.
+      skew: stages by which the first multiplying warpgroup leads the second, so that one multiplies while the other
+        stores; 0 lets them run as they like.
+      lag: stages that gathered rows have to arrive, at most `stages` - 2: a stage is free when the next one has been
+        multiplied, and rows arrive when `lag` further stages have been free.
+    """
+
+    rows: int = 144
+    stages: int = 4
+    buffers: int = 1
+    band: int = 16
+    skew: int = 0
+    lag: int = 2
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a block of results, as many as shared memory has room for, at most half a tile."""
+        left = SHARED - self.stages * (256 + self.rows) * 2 * DEPTH
+        most = left // (2 * self.buffers * 2 * BLOCK) // 8 * 8
+        return min(most, -(-self.rows // 16) * 8)
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first token, tokens) of each block of results."""
+        return [(first, min(self.chunk, self.rows - first)) for first in range(0, self.rows, self.chunk)]
+
+
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
+    schedule_ref, x_ref, w_ref, *rest = refs
+    bias_ref = rest.pop(0) if has_bias else None
+    index_ref = rest.pop(0) if has_index else None
+    out_ref, x_smem, w_smem, out_smem, full, empty, *turn = rest
+    x_load, x_smem = views(x_smem, interpret=interpret)
+    w_load, w_smem = views(w_smem, interpret=interpret)
+    out_store, out_smem = views(out_smem, interpret=interpret)
+
+    layout = gate_layout(activation)
+    gated = layout is not None
+    parts = 2 if gated else 1
+    out_columns = 256 // parts  # of a CTA's tile
+    width = out_columns // 2  # of a warpgroup's
+    depth, columns = x_ref.shape[1], out_ref.shape[1]
+    k_tiles = -(-depth // DEPTH)
+    column_tiles = -(-columns // out_columns)
+    stages = tile.stages
+    skew = tile.skew if k_tiles > 2 * stages else 0  # a lead of a whole tile would pass the barrier twice
+
+    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    items = schedule_ref[5] * column_tiles
+    trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
+    find = functools.partial(
+        find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band
+    )
+
+    @pl.when(wg == 2)
+    def _load():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def arrived(step, lag):
+            @pl.when(step >= lag)
+            def _():
+                gather.wait(lag)
+                plgpu.barrier_arrive(full.at[lax.rem(step - lag, jnp.int32(stages))])
+
+        def item(i, step):
+            work = find(sm + i * sms)
+
+            def load(k, step):
+                slot = lax.rem(step, jnp.int32(stages))
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                for part in range(parts):
+                    plgpu.copy_gmem_to_smem(
+                        weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
+                        w_load.at[slot, pl.ds(part * out_columns, out_columns)],
+                        full.at[slot],
+                    )
+                if index_ref is None:
+                    source = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
+                    plgpu.copy_gmem_to_smem(source, x_load.at[slot], full.at[slot])
+                else:
+                    gather.start(x_ref, index_ref, x_load.at[slot], work.row, k, rows=tile.rows)
+                    arrived(step, tile.lag)
+                return step + 1
+
+            return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
+
+        step = lax.fori_loop(0, trips, item, jnp.int32(0))
+        if index_ref is not None:
+            for lag in reversed(range(tile.lag)):
+                arrived(step - 1, lag)
+
+        def drain(s, carry):  # leave no barrier with a phase that nobody has seen
+            plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
+            return carry
+
+        lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+
+    @pl.when(wg < 2)
+    def _multiply():
+        plgpu.set_max_registers(232, action="increase")
+
+        def store_tile(blocks, row, column):
+            """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
+            if blocks is None:
+                zeros = jnp.full((BLOCK, tile.rows), 0.0, out_ref.dtype)
+                zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                blocks = [zeros] * (width // BLOCK)
+            pieces = [(b, *chunk) for b in range(len(blocks)) for chunk in tile.chunks]
+            for turn, (b, first, height) in enumerate(pieces):
+                # Each tile begins with the first buffer: it must be the one used longest ago.
+                assert len(pieces) % tile.buffers == 0, (len(pieces), tile.buffers)
+                buffer = turn % tile.buffers
+                plgpu.wait_smem_to_gmem(tile.buffers - 1, wait_read_only=True)
+                piece = blocks[b][:, first : first + height]
+                epilogue.transpose_into(piece, out_smem.at[wg, buffer, pl.ds(0, height)], interpret=interpret)
+                plgpu.commit_smem()
+                target = out_ref.at[pl.ds(row + first, height), pl.ds(column + b * BLOCK, BLOCK)]
+                plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(0, height)], target)
+
+        def store_by_row(blocks, row, rows, column):  # the interpreter has no masked store
+            for b, block in enumerate(blocks):
+                for first, height in tile.chunks:
+                    out_smem[wg, 0, pl.ds(0, height)] = block[:, first : first + height].T
+                    for size in {BLOCK, columns % BLOCK} - {0}:
+                        edge = column + (b + 1) * BLOCK > columns
+                        here = jnp.logical_not(edge) if size == BLOCK else edge & (column + b * BLOCK < columns)
+
+                        @pl.when(here)
+                        def _(size=size, b=b, first=first, height=height):
+                            def store(r, carry):
+                                target = pl.ds(column + b * BLOCK, size)
+                                out_ref[row + first + r, target] = out_smem[wg, 0, r, pl.ds(0, size)]
+                                return carry
+
+                            lax.fori_loop(0, jnp.minimum(rows - first, height), store, None)
+
+        def matmul(work, step):
+            column = work.column * out_columns + wg * width
+            # Gate and up rows of this warpgroup, or the two halves of its 128 rows.
+            first_rows = [wg * BLOCK, out_columns + wg * BLOCK] if gated else [wg * width, wg * width + BLOCK]
+
+            def multiply(*accs):
+                def mma(k, carry):
+                    slot = lax.rem(step + k, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    for acc, first in zip(accs, first_rows, strict=True):
+                        plgpu.wgmma(acc, w_smem.at[slot, pl.ds(first, BLOCK)], transposed(x_smem.at[slot]))
+                    return carry
+
+                def steady(k, carry):
+                    mma(k, carry)
+                    plgpu.wgmma_wait(2)  # the multiplications before these have read their stage
+                    plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
+                    if skew:
+
+                        @pl.when((k == skew) & (wg == 0))
+                        def _():
+                            plgpu.barrier_arrive(turn[0])
+
+                    return carry
+
+                if skew:
+
+                    @pl.when(wg == 1)
+                    def _():
+                        plgpu.barrier_wait(turn[0])
+
+                mma(0, None)
+                lax.fori_loop(1, k_tiles, steady, None)
+                return tuple(acc[...] for acc in accs)
+
+            values = list(pl.run_scoped(multiply, *[plgpu.ACC((BLOCK, tile.rows), jnp.float32)] * 2))
+            plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
+            if bias_ref is not None:
+                for b in range(2):
+                    part, first = (b, column) if gated else (0, column + b * BLOCK)
+                    bias = epilogue.load_bias(bias_ref.at[work.expert, part, pl.ds(first, BLOCK)], reduced=1)
+                    values[b] += lax.broadcast_in_dim(bias, (BLOCK, tile.rows), (0,))
+            if gated:
+                values = [epilogue.activate(activation, *values)]
+            elif activation is not None:
+                values = [epilogue.activate(activation, value, None) for value in values]
+            values = [value.astype(out_ref.dtype) for value in values]
+            whole = work.rows == tile.rows
+
+            @pl.when(whole)
+            def _():
+                store_tile(values, work.row, column)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                if interpret:
+                    store_by_row(values, work.row, work.rows, column)
+                else:
+                    for b, value in enumerate(values):
+                        epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK)
+
+        def item(i, step):
+            work = find(sm + i * sms)
+
+            @pl.when(work.zeros)
+            def _():
+                store_tile(None, work.row, work.column * out_columns + wg * width)
+
+            @pl.when(jnp.logical_not(work.zeros))
+            def _():
+                matmul(work, step)
+
+            return step + jnp.where(work.zeros, 0, k_tiles)
+
+        lax.fori_loop(0, trips, item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w: jax.Array,
+    schedule: jax.Array,
+    *,
+    activation=None,
+    bias: jax.Array | None = None,
+    index_R: jax.Array | None = None,
+    tile: Tile = Tile(),
+    interpret=None,
+) -> jax.Array:
+    """x @ w[expert].T for rows sorted by expert, with bias and activation where given.
+
+    Args:
+      x_RD: (R, D) of 16 bits a number, R at least `tile.rows`.
+      w: (e, N, D) in x's dtype; gated: (e, 2F, D), gate and up rows in `activation.layout`.
+      schedule: make_schedule(sizes, rows=R, tile=tile.rows).
+      activation: None, or a value with the fields name, gated, layout, alpha, limit.
+      bias: (e, rows of w) or None, added in float32 before the activation.
+      index_R: (R,) int32; where given, x is (t, D) and its rows are gathered as they are loaded.
+      tile: shape of the tiles.
+      interpret: InterpretGPUParams to run on CPU.
+
+    Returns:
+      (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
+    """
+    depth = x_RD.shape[1]
+    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
+    experts, w_rows, _ = w.shape
+    layout = gate_layout(activation)
+    gated = layout is not None
+    columns = w_rows // 2 if gated else w_rows
+    if gated:
+        order = (2, columns) if layout == "concatenated" else (columns, 2)
+        w = w.reshape(experts, *order, depth)
+    operands = [schedule, x_RD, w]
+    if bias is not None:
+        # Columns past the edge are never stored, but their bias is read.
+        bias = bias.reshape(experts, *(order if gated else (1, columns)))
+        if gated and layout != "concatenated":
+            bias = bias.transpose(0, 2, 1)
+        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
+    if index_R is not None:
+        # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
+        assert tile.lag <= tile.stages - 2, tile
+        assert tile.lag + tile.skew <= tile.stages - 1, tile
+        operands.append(jnp.pad(index_R, (0, tile.rows)))  # a tile may reach past the last row
+    sms = sm_count() if interpret is None else 2
+    body = functools.partial(
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
+        has_index=index_R is not None, sms=sms, experts=experts,
+        interpret=interpret is not None,
+    )  # fmt: skip
+    name = "moe_gate_up_any_height" if activation is not None else "moe_grouped_matmul_any_height"
+    memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
+    return plgpu.kernel(
+        named(body, name),
+        out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
+        scratch_types=[
+            memory((tile.stages, tile.rows, DEPTH)),
+            memory((tile.stages, 256, DEPTH)),
+            memory((2, tile.buffers, tile.chunk, BLOCK)),
+            plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            *([plgpu.Barrier(num_arrivals=1)] if tile.skew else []),
+        ],
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=interpret is None,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*operands)
