@@ -108,6 +108,6 @@ def axes(parallel: ParallelConfig) -> None:
 
 def implementation(implementation: str | None) -> None:
     """Checks that products have the named implementation, and all else what `kernels.for_rows` makes of it."""
-    for operation in kernels.OPERATIONS:
+    for operation in (each for each in kernels.OPERATIONS if each not in kernels.FUSED):
         product = operation in ("grouped_matmul", "gate_up")
         kernels.chosen(operation, implementation if product else kernels.for_rows(implementation))

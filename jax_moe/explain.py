@@ -175,7 +175,7 @@ def _kernels(
     }
     said = []
     for name in kernels.OPERATIONS:
-        if name == "few_tokens":
+        if name in kernels.FUSED:
             continue
         named = implementation if name in operands else kernels.for_rows(implementation)
         chosen = kernels.chosen(name, named, *operands.get(name, ()))

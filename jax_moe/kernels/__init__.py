@@ -3,6 +3,7 @@
 from jax_moe.kernels.choice import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jax_moe.kernels.choice import for_platform as for_platform
 from jax_moe.kernels.hopper import FEW_TOKENS as FEW_TOKENS
+from jax_moe.kernels.ops import FUSED as FUSED
 from jax_moe.kernels.ops import OPERATIONS as OPERATIONS
 from jax_moe.kernels.ops import choose_experts as choose_experts
 from jax_moe.kernels.ops import chosen as chosen

@@ -39,6 +39,9 @@ OPERATIONS: dict[str, dict[str, Callable]] = {
     "few_tokens": {"reference": reference.few_tokens, "mosaic_gpu": hopper.few_tokens},
 }
 
+# Those that are several of the others in one: None may take them, a name is for the others.
+FUSED = ("few_tokens",)
+
 # What an implementation cannot do.
 LIMITS: dict[str, dict[str, Callable[..., str | None]]] = {
     "grouped_matmul": {"mosaic_gpu": hopper.no_grouped_matmul, "triton": hopper.no_triton_grouped_matmul},

@@ -21,12 +21,12 @@ ROWS = {"moe_spread_rows"}
 ALL_ROWS = {"moe_spread_rows", "moe_combine_rows"}
 
 
-def kernels_of(kind, implementation=None, *, batch=False, **fields):
+def kernels_of(kind, implementation=None, *, batch=False, rows=12, **fields):
     """The kernels that multiply and move rows in a layer's program for this card; with batch, of two under vmap."""
     config = jm.MoEConfig(**{"num_experts": 8, "top_k": 3, "hidden_size": 64, "intermediate_size": 64, **fields})
     parallel = jm.ParallelConfig()
     params, mesh = sharded(config, parallel)
-    x = tokens(4, config.hidden_size, config.dtype)
+    x = tokens(rows, config.hidden_size, config.dtype)
     run = functools.partial(jm.moe_local, config=config, parallel=parallel, implementation=implementation)
     with card(CARDS[kind], mesh):
         specs = (jm.param_specs(config, parallel), P("dp"))
@@ -60,6 +60,15 @@ def on(monkeypatch):
 def test_the_program_of_a_layer_holds_the_kernels_of_its_card_or_its_name(on, kind, implementation, kernels):
     on(kind)
     assert kernels_of(kind, implementation) == kernels
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "kernels"),
+    [("H100", None, MOSAIC), ("H100", "mosaic_gpu", MOSAIC | ROWS), ("A100", None, TRITON | ROWS)],
+)
+def test_few_tokens_are_not_gathered_on_hopper_where_nothing_is_named(on, kind, implementation, kernels):
+    on(kind)
+    assert kernels_of(kind, implementation, rows=4) == kernels
 
 
 @pytest.mark.parametrize(("kind", "products"), [("H100", MOSAIC), ("A100", TRITON)])
