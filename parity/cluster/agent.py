@@ -252,7 +252,8 @@ def main(place: Place, seconds: float) -> int:
     """
     wire = connect(place, seconds)
     try:
-        with scratch_folder() as scratch, _signals():
+        # in this order: a signal that comes between would leave the folder behind
+        with _signals(), scratch_folder() as scratch:
             return _serve(wire, place, scratch)
     except RefusedError as error:
         raise InfrastructureError(f"rank {place.rank}: rank 0 at {place.where} refused this rank: {error}") from None

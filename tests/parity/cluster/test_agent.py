@@ -1,23 +1,30 @@
 """What an agent finds out on its own host, and what it keeps of what rank 0 sends."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
+import tempfile
+import time
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from parity import runner, signals
 from parity.arrays import ArrayRef
 from parity.backends import gpu
 from parity.backends.base import Member, Options
 from parity.backends.jax import JaxBackend
 from parity.backends.torch import TorchBackend
 from parity.case import Case
+from parity.cluster import agent as agents
 from parity.cluster.agent import Agent
 from parity.cluster.files import Digests, Lessons
 from parity.cluster.place import Place
 from parity.cluster.wire import Wire
+from parity.launch import InfrastructureError
 
 PLACE = Place(rank=5, ranks=8, local_rank=1, host="127.0.0.1", port=1, token="t")
 FOUR = Case.parse("dp2.tp2.ep/allgather/bf16/t7.d64.f48/e8.k2")
@@ -97,3 +104,28 @@ def test_a_digest_changes_with_a_bit_with_the_shape_and_with_the_dtype(tmp_path)
         stored.astype(np.float32).tofile(path)
         found.add(Digests().of({"x": ArrayRef(str(path), dtype, shape)})["x"])
     assert len(found) == 4
+
+
+def test_a_signal_that_comes_while_the_scratch_folder_is_made_leaves_nothing(monkeypatch, tmp_path):
+    class Silent:
+        def send(self, *_, **__):
+            pass
+
+        close = send
+
+    @contextlib.contextmanager
+    def interrupted():
+        with runner.scratch_folder() as path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the signal is handled before this ends
+            yield path
+
+    def unhandled(*_):
+        raise AssertionError("nobody handled the signal")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(agents, "connect", lambda *_: Silent())
+    monkeypatch.setattr(agents, "scratch_folder", interrupted)
+    with signals.handled((signal.SIGTERM,), unhandled), pytest.raises(InfrastructureError, match="rank 0: SIGTERM"):
+        agents.main(Place(rank=0, ranks=1, local_rank=0, host="127.0.0.1", port=1, token=""), 1.0)
+    assert list(tmp_path.iterdir()) == []
