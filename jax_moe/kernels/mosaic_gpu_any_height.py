@@ -23,13 +23,16 @@ from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
 from jax_moe.kernels import mosaic_gpu_gather as gather
 from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
     DEPTH,
+    compiler_params,
     find_work,
     gate_layout,
+    index_operand,
     named,
     operand_memory,
     sm_count,
     transposed,
     views,
+    weight_operands,
     weight_tile,
 )
 
@@ -289,27 +292,12 @@ def grouped_matmul(
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    depth = x_RD.shape[1]
     rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
-    experts, w_rows, _ = w.shape
-    layout = gate_layout(activation)
-    gated = layout is not None
-    columns = w_rows // 2 if gated else w_rows
-    if gated:
-        order = (2, columns) if layout == "concatenated" else (columns, 2)
-        w = w.reshape(experts, *order, depth)
-    operands = [schedule, x_RD, w]
-    if bias is not None:
-        # Columns past the edge are never stored, but their bias is read.
-        bias = bias.reshape(experts, *(order if gated else (1, columns)))
-        if gated and layout != "concatenated":
-            bias = bias.transpose(0, 2, 1)
-        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
+    experts, gated = w.shape[0], gate_layout(activation) is not None
+    weights, columns = weight_operands(w, bias, activation, past=256)
+    operands = [schedule, x_RD, *weights]
     if index_R is not None:
-        # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
-        assert tile.lag <= tile.stages - 2, tile
-        assert tile.lag + tile.skew <= tile.stages - 1, tile
-        operands.append(jnp.pad(index_R, (0, tile.rows)))  # a tile may reach past the last row
+        operands.append(index_operand(index_R, tile))
     sms = sm_count() if interpret is None else 2
     body = functools.partial(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None,
@@ -334,9 +322,5 @@ def grouped_matmul(
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=interpret is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=compiler_params(interpret),
     )(*operands)

@@ -339,6 +339,47 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms:
         plgpu.wait_smem_to_gmem(0)
 
 
+def weight_operands(w: jax.Array, bias: jax.Array | None, activation, *, past: int) -> tuple[list[jax.Array], int]:
+    """Weights and bias as the kernels address them, and how many columns the result has.
+
+    Args:
+      w: (e, N, D); gated: (e, 2F, D), which is seen with one more axis of gate and up.
+      bias: (e, rows of w) or None; becomes (e, 1 or 2, columns) in float32.
+      activation: None, or a value with the fields gated and layout.
+      past: columns of a tile. Those past the edge are never stored, but their bias is read.
+    """
+    experts, columns, depth = w.shape
+    layout = gate_layout(activation)
+    order = (1, columns)
+    if layout is not None:
+        columns //= 2
+        order = (2, columns) if layout == "concatenated" else (columns, 2)
+        w = w.reshape(experts, *order, depth)
+    if bias is None:
+        return [w], columns
+    bias = bias.reshape(experts, *order)
+    if layout is not None and layout != "concatenated":
+        bias = bias.transpose(0, 2, 1)
+    return [w, jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % past)))], columns
+
+
+def index_operand(index_R: jax.Array, tile) -> jax.Array:
+    """The rows to gather as the kernels read them: a tile may reach past the last."""
+    # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
+    assert tile.lag <= tile.stages - 2, tile
+    assert tile.lag + tile.skew <= tile.stages - 1, tile
+    return jnp.pad(index_R, (0, tile.rows))
+
+
+def compiler_params(interpret) -> plgpu.CompilerParams:
+    """How all products are compiled: by lane, with barriers of their own but in the interpreter."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=interpret is None,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+
+
 def grouped_matmul(
     x_RD: jax.Array,
     w: jax.Array,
@@ -365,27 +406,12 @@ def grouped_matmul(
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    depth = x_RD.shape[1]
     rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
-    experts, w_rows, _ = w.shape
-    layout = gate_layout(activation)
-    gated = layout is not None
-    columns = w_rows // 2 if gated else w_rows
-    if gated:
-        order = (2, columns) if layout == "concatenated" else (columns, 2)
-        w = w.reshape(experts, *order, depth)
-    operands = [schedule, x_RD, w]
-    if bias is not None:
-        # Columns past the edge are never stored, but their bias is read.
-        bias = bias.reshape(experts, *(order if gated else (1, columns)))
-        if gated and layout != "concatenated":
-            bias = bias.transpose(0, 2, 1)
-        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 256))))
+    experts, gated = w.shape[0], gate_layout(activation) is not None
+    weights, columns = weight_operands(w, bias, activation, past=256)
+    operands = [schedule, x_RD, *weights]
     if index_R is not None:
-        # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
-        assert tile.lag <= tile.stages - 2, tile
-        assert tile.lag + tile.skew <= tile.stages - 1, tile
-        operands.append(jnp.pad(index_R, (0, tile.rows)))  # a tile may reach past the last row
+        operands.append(index_operand(index_R, tile))
     sms = (sm_count() // 2 if tile.pair else sm_count()) if interpret is None else 2
     body = functools.partial(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None,
@@ -414,11 +440,7 @@ def grouped_matmul(
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=interpret is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=compiler_params(interpret),
     )(*operands)
 
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
 from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
     DEPTH,
+    compiler_params,
     find_work,
     gate_layout,
     named,
@@ -30,6 +31,7 @@ from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
     sm_count,
     transposed,
     views,
+    weight_operands,
 )
 
 
@@ -224,21 +226,11 @@ def grouped_matmul(
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    depth, by_token = x_RD.shape[1], rows is not None
+    by_token = rows is not None
     rows = x_RD.shape[0] if rows is None else rows
-    experts, w_rows, _ = w.shape
-    layout = gate_layout(activation)
-    gated = layout is not None
-    columns = w_rows // 2 if gated else w_rows
-    if gated:
-        order = (2, columns) if layout == "concatenated" else (columns, 2)
-        w = w.reshape(experts, *order, depth)
-    operands = [schedule, x_RD, w]
-    if bias is not None:
-        bias = bias.reshape(experts, *(order if gated else (1, columns)))
-        if gated and layout != "concatenated":
-            bias = bias.transpose(0, 2, 1)
-        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % 128))))
+    experts, gated = w.shape[0], gate_layout(activation) is not None
+    weights, columns = weight_operands(w, bias, activation, past=128)
+    operands = [schedule, x_RD, *weights]
     sms = sm_count() if interpret is None else 2
     body = functools.partial(
         _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
@@ -262,9 +254,5 @@ def grouped_matmul(
         num_threads=2,
         thread_name="wg",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=interpret is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=compiler_params(interpret),
     )(*operands)
