@@ -29,5 +29,25 @@ def one_by_one(kernel: Callable) -> Callable:
     """`kernel`, which `jax.vmap` calls in a loop, once for each element of the batch.
 
     A kernel's grid, work list and memory are laid out for one problem; and each call fills the card.
+    `jax.custom_batching.sequential_vmap` is the same, but fails where nothing that a derivative is taken of is batched:
+    JAX then asks the rule about no argument, and comes back with those that are.
     """
-    return jax.custom_batching.sequential_vmap(lambda *args: kernel(*args))
+    run = jax.custom_batching.custom_vmap(lambda *args: kernel(*args))
+
+    @run.def_vmap
+    def rule(axis_size: int, batched: Any, *args: Any):
+        leaves, structure = jax.tree.flatten(args)
+        many = jax.tree.leaves(tuple(batched))
+        if not any(many):
+            out = run(*args)
+            return out, jax.tree.map(lambda _: False, out)
+
+        def one(own: list):
+            own_leaves = iter(own)
+            merged = [next(own_leaves) if b else leaf for leaf, b in zip(leaves, many, strict=True)]
+            return run(*jax.tree.unflatten(structure, merged))
+
+        out = jax.lax.map(one, [leaf for leaf, b in zip(leaves, many, strict=True) if b])
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run

@@ -7,7 +7,7 @@ import pytest
 
 from jax_moe import kernels
 from jax_moe.kernels import choice, ops
-from jax_moe.kernels.gradients import with_gradient_of
+from jax_moe.kernels.gradients import one_by_one, with_gradient_of
 from tests.jax_moe.kernels.problems import SILU
 
 
@@ -152,3 +152,25 @@ def test_under_vmap_a_kernel_is_called_once_for_each_of_the_batch():
 
     np.testing.assert_allclose(jax.grad(total)(x), 2 * jnp.cos(x), rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(lambda x: run(x, n[2], None).sum()))(x), 2 * jnp.cos(x), rtol=1e-6)
+
+
+def test_under_vmap_a_kernel_of_integers_may_stand_in_what_is_differentiated():
+    order = one_by_one(lambda ids, first: jnp.argsort(ids + first))
+
+    @jax.custom_vjp
+    def choose(x):
+        return jnp.argmax(x, axis=-1), jnp.max(x, axis=-1)
+
+    choose.defvjp(
+        lambda x: (choose(x), x),
+        lambda x, ct: (jnp.where(x == x.max(-1, keepdims=True), ct[1][..., None], 0.0),),
+    )
+
+    def loss(x):
+        ids, best = choose(x)
+        return (best[order(ids, jnp.int32(1))] * jnp.arange(1.0, 5.0)).sum()
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    got = jax.jit(jax.vmap(jax.grad(loss)))(x)
+    np.testing.assert_array_equal(got, jnp.stack([jax.grad(loss)(own) for own in x]))
+    assert np.unique(got).size == 5  # 0 and the four weights, so the order was used

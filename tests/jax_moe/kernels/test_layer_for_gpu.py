@@ -21,7 +21,7 @@ ROWS = {"moe_spread_rows"}
 ALL_ROWS = {"moe_spread_rows", "moe_combine_rows"}
 
 
-def kernels_of(kind, implementation=None, *, batch=False, rows=12, **fields):
+def kernels_of(kind, implementation=None, *, batch=False, gradient=False, rows=12, **fields):
     """The kernels that multiply and move rows in a layer's program for this card; with batch, of two under vmap."""
     config = jm.MoEConfig(**{"num_experts": 8, "top_k": 3, "hidden_size": 64, "intermediate_size": 64, **fields})
     parallel = jm.ParallelConfig()
@@ -34,6 +34,8 @@ def kernels_of(kind, implementation=None, *, batch=False, rows=12, **fields):
             run, mesh=jax.sharding.get_abstract_mesh(), in_specs=specs, out_specs=P("dp"), check_vma=False
         )
         operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, x))
+        if gradient:
+            run = jax.grad(lambda *operands, run=run: run(*operands).astype("float32").sum(), argnums=(0, 1))
         if batch:
             run = jax.vmap(run)
             operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), operands)
@@ -75,6 +77,7 @@ def test_few_tokens_are_not_gathered_on_hopper_where_nothing_is_named(on, kind, 
 def test_a_layer_under_vmap_keeps_its_kernels(on, kind, products):
     on(kind)
     assert kernels_of(kind, batch=True) == products | ROWS
+    assert kernels_of(kind, batch=True, gradient=True) >= products | ROWS
 
 
 def test_float16_takes_the_same_kernels_and_float32_none_unless_it_may_be_tf32(on):
