@@ -145,8 +145,8 @@ def test_padded_never_makes_the_host_wait(weight_on_input):
     expected, trace = moe(x, trace=True)
     assert int(trace.dropped) == 20  # ceil(0.2 * 50 * 3) slots
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         found = moe(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")

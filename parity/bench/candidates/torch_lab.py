@@ -147,8 +147,8 @@ class Lab:
         graphs, pool = [], None
         try:
             # what waits for the device cannot be captured, and to try it would leave the allocator in a capture
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 function(*sets[0])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
