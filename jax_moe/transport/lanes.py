@@ -21,6 +21,9 @@ from jax_moe._typing import Array, Int32
 
 Axes = tuple[str, ...]
 
+PIECES = 256
+"""In how many a segment is cut for XLA's `ragged_all_to_all`, whose kernel has one block of 128 threads for each."""
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _exchange(rows: Array, out: End, into: End, num_rows: int, axes: Axes, pair:
         zeros,
         *ends,
         cpu=functools.partial(_by_blocks, axes=axes, pair=pair),
-        default=functools.partial(_ragged_all_to_all, axes=axes),
+        default=functools.partial(_ragged_all_to_all, axes=axes, pieces=min(pair, PIECES)),
     )
 
 
@@ -171,9 +174,21 @@ def _ragged_all_to_all(
     into_peer_first: Array,
     *,
     axes: Axes,
+    pieces: int,
 ) -> Array:
     """XLA's own. Its offsets are the sender's: where a segment begins here, and where in the receiver's buffer."""
-    return jax.lax.ragged_all_to_all(rows, zeros, first, size, peer_first, into_size, axis_name=axes)
+    cut = functools.partial(_cut, pieces=pieces)
+    starts, sizes = cut(size)
+    ends = [(end[:, None] + starts).reshape(-1) for end in (first, peer_first)]
+    sizes, into_sizes = sizes.reshape(-1), cut(into_size)[1].reshape(-1)
+    return jax.lax.ragged_all_to_all(rows, zeros, ends[0], sizes, ends[1], into_sizes, axis_name=axes)
+
+
+def _cut(size_N: Array, pieces: int) -> tuple[Array, Array]:
+    """Segments in equal pieces but for the last: where in its segment each begins, and its rows, (N, pieces)."""
+    length_N = -(-size_N // pieces)
+    starts = jnp.minimum(length_N[:, None] * jnp.arange(pieces, dtype=size_N.dtype), size_N[:, None])
+    return starts, jnp.minimum(length_N[:, None], size_N[:, None] - starts)
 
 
 def _by_blocks(

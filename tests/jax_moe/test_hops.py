@@ -233,21 +233,36 @@ def test_no_more_copies_cross_than_tokens_have_ranks(grid):
 
 
 def numpy_ragged_all_to_all(operands, outputs, input_offsets, send_sizes, output_offsets, recv_sizes):
-    """The contract of `ragged_all_to_all`, over all ranks at once: offsets are the sender's, on both sides."""
-    outputs = [output.copy() for output in outputs]
-    for source in range(len(operands)):
-        for to in range(len(operands)):
-            count = send_sizes[source][to]
-            assert count == recv_sizes[to][source], "the two ends do not agree"
-            begin, land = input_offsets[source][to], output_offsets[source][to]
-            assert begin + count <= len(operands[source])
-            assert land + count <= len(outputs[to])
-            outputs[to][land : land + count] = operands[source][begin : begin + count]
+    """The contract of `ragged_all_to_all`, over all ranks at once: offsets are the sender's, on both sides.
+
+    As many pieces to each rank as offsets hold for it, those to the first rank first.
+    """
+    outputs, ranks = [output.copy() for output in outputs], len(operands)
+    by_rank = [np.reshape(of, (ranks, ranks, -1)) for of in (input_offsets, send_sizes, output_offsets, recv_sizes)]
+    for source in range(ranks):
+        for to in range(ranks):
+            begins, counts, lands = (of[source][to] for of in by_rank[:3])
+            np.testing.assert_array_equal(counts, by_rank[3][to][source], "the two ends do not agree")
+            for begin, count, land in zip(begins, counts, lands, strict=True):
+                assert 0 <= begin <= begin + count <= len(operands[source])
+                assert 0 <= land <= land + count <= len(outputs[to])
+                outputs[to][land : land + count] = operands[source][begin : begin + count]
     return outputs
 
 
+def given_to_xla(ends, pieces):
+    """What `lanes` hands to `ragged_all_to_all` for the segments of each rank: offsets and sizes, a row a rank."""
+    given = []
+    for row in zip(*ends, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "ragged_all_to_all", lambda rows, zeros, *given, axis_name: given)
+            given.append(lanes._ragged_all_to_all(None, None, *map(jnp.asarray, row), axes=("a",), pieces=pieces))
+    return [np.stack(each) for each in zip(*given, strict=True)]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 256])
 @pytest.mark.parametrize("most", [None, 5], ids=["all", "max_rows"])
-def test_offsets_keep_the_contract_of_ragged_all_to_all(most):
+def test_offsets_keep_the_contract_of_ragged_all_to_all(most, pieces):
     ranks, rng = 4, np.random.default_rng(1)
     sizes = rng.integers(0, ROWS + 1, (ranks, ranks)).astype(np.int32)
     sizes[2] = 0
@@ -267,9 +282,9 @@ def test_offsets_keep_the_contract_of_ragged_all_to_all(most):
     ends, there, back, dropped = jax.tree.map(np.asarray, mapped(sizes, rows))
     out, into = ends[:3], ends[3:]
     zeros = np.zeros((ranks, limit.receive), np.float32)
-    np.testing.assert_array_equal(there, numpy_ragged_all_to_all(rows, zeros, *out, into[1]))
+    np.testing.assert_array_equal(there, numpy_ragged_all_to_all(rows, zeros, *given_to_xla(out + into, pieces)))
     zeros = np.zeros((ranks, limit.send), np.float32)
-    np.testing.assert_array_equal(back, numpy_ragged_all_to_all(there, zeros, *into, out[1]))
+    np.testing.assert_array_equal(back, numpy_ragged_all_to_all(there, zeros, *given_to_xla(into + out, pieces)))
     for to in range(ranks):
         whole = np.concatenate([rows[s, sizes[s, :to].sum() : sizes[s, : to + 1].sum()] for s in range(ranks)])
         kept = whole[: limit.receive]
