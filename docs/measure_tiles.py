@@ -47,7 +47,7 @@ from parity.bench import draws
 from parity.bench.shapes import SHAPES, Shape
 
 SILU = Activation(name="silu")
-GATE_UP, DOWN, ROWS = "gate_up", "down", "rows"
+GATE_UP, DOWN = "gate_up", "down"
 CUBLAS = "cuBLAS, 8192^3"
 ROUNDS = 9
 LOOP_SECONDS = 0.012  # of calls, in one program
@@ -57,26 +57,21 @@ NO_BETTER = 0.99  # a tile that needs more than this of what today's needs is no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A tile of one of the kernels; `gathers`: the rows of gate and up, inside the load."""
+    """A tile of one of the kernels."""
 
     tile: wide.Tile | any_height.Tile | small.Tile
-    gathers: bool = False
 
     @property
     def module(self) -> Any:
         return {wide.Tile: wide, any_height.Tile: any_height, small.Tile: small}[type(self.tile)]
 
     @property
-    def code(self) -> str:
+    def name(self) -> str:
         """As one would write it in tiles.py."""
         plain = type(self.tile)()
         kept = [f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(self.tile, f.name)]
         words = [f"{name}={getattr(self.tile, name)}" for name in dict.fromkeys(["rows", *kept])]
         return f"{self.module.__name__.rsplit('.', 1)[1].removeprefix('mosaic_gpu_')}.Tile({', '.join(words)})"
-
-    @property
-    def name(self) -> str:
-        return self.code + " gathering" * self.gathers
 
 
 def _both(*found: Any) -> list[Candidate]:
@@ -84,10 +79,7 @@ def _both(*found: Any) -> list[Candidate]:
 
 
 W, A = wide.Tile, any_height.Tile
-WIDE = [
-    *_both(W(), W(rows=64), W(skew=2)),
-    *(Candidate(tile=tile, gathers=True) for tile in (W(), W(lag=1), W(lag=1, skew=2))),
-]
+WIDE = _both(W(), W(rows=64))
 TALL = A(rows=176, stages=3, buffers=2)
 FEW = _both(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
 
@@ -95,33 +87,19 @@ FEW = _both(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
 CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
     "qwen3": (
         SHAPES["prefill_qwen3_30b"],
-        [*WIDE, *_both(A(rows=136), A(rows=136, skew=2), TALL, A(rows=88, stages=5), A(rows=88, stages=5, skew=2)),
-         Candidate(tile=A(rows=136), gathers=True)],
+        [*WIDE, *_both(A(rows=136), TALL, A(rows=88, stages=5))],
     ),
     "gpt_oss": (
         SHAPES["prefill_gpt_oss_120b"],
-        [*WIDE, *_both(A(rows=144), A(rows=144, skew=2), A(rows=144, stages=3, buffers=2), A(rows=136, skew=2),
-                       A(rows=96, stages=5)),
-         Candidate(tile=A(rows=144), gathers=True)],
+        [*WIDE, *_both(A(rows=136), A(rows=144), A(rows=144, stages=3, buffers=2), A(rows=96, stages=5))],
     ),
-    "120b": (
-        SHAPES["prefill_120b"],
-        [*WIDE, *_both(A(rows=128), A(rows=160, skew=2), TALL), Candidate(tile=A(rows=160), gathers=True)],
-    ),
-    "deepseek_v3": (
-        SHAPES["prefill_deepseek_v3"],
-        [*_both(W(rows=64), W(), W(rows=64, skew=2), A(rows=144), A(rows=144, skew=2), A(rows=72, stages=5),
-                A(rows=72, stages=5, skew=2)),
-         *(Candidate(tile=tile, gathers=True) for tile in (W(rows=64), A(rows=144)))],
-    ),
-    "mixtral": (
-        SHAPES["prefill_mixtral"],
-        [*WIDE, *_both(A(rows=152), A(rows=152, skew=2), TALL), Candidate(tile=A(rows=152), gathers=True)],
-    ),
+    "120b": (SHAPES["prefill_120b"], [*WIDE, *_both(A(rows=128), A(rows=160), TALL)]),
+    "deepseek_v3": (SHAPES["prefill_deepseek_v3"], [*WIDE, *_both(A(rows=144), A(rows=72, stages=5))]),
+    "mixtral": (SHAPES["prefill_mixtral"], [*WIDE, *_both(A(rows=152), TALL)]),
     "qwen3, few": (SHAPES["decode64_qwen3_30b"], FEW),
     "qwen3, more": (SHAPES["decode256_qwen3_30b"], FEW),
     "deepseek_v3, few": (SHAPES["decode64_deepseek_v3"], FEW),
-}  # fmt: skip
+}
 
 
 def shape_of(name: str, rehearse: bool) -> Shape:
@@ -140,7 +118,7 @@ def today(shape: Shape) -> str:
 
 
 def inputs(shape: Shape) -> dict[str, jax.Array]:
-    """Tokens, rows sorted by expert, weights, and who goes where; of bfloat16 and int32 alone."""
+    """Rows sorted by expert, activated rows, weights, and group sizes; of bfloat16 and int32 alone."""
     routing, keys = draws.Routing(shape), iter(jax.random.split(jax.random.key(0), 4))
     T, D, F, E = shape.tokens, shape.hidden, shape.intermediate, shape.experts
 
@@ -152,36 +130,26 @@ def inputs(shape: Shape) -> dict[str, jax.Array]:
     def stacked(key: jax.Array, rows: int, columns: int) -> jax.Array:  # one at a time: all of them are many GB
         return jax.lax.map(lambda key: normal(key, rows, columns, columns**-0.5), jax.random.split(key, E))
 
-    x_TD, index_R = normal(next(keys), T, D), jnp.asarray(routing.row_token)
     return {
-        "x": x_TD,
-        "rows": x_TD[index_R],
+        "rows": normal(next(keys), T, D)[jnp.asarray(routing.row_token)],
         "h": normal(next(keys), shape.rows, F),
         "w_gate_up": stacked(next(keys), 2 * F, D),
         "w_down": stacked(next(keys), D, F),
         "sizes": jnp.asarray(routing.sizes),
-        "index": index_R,
-        "position": jnp.asarray(routing.position),
     }
 
 
 def abstract(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
     """What `inputs` gives, without the arrays."""
-    T, D, F, E, R = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.rows
-    floats = {"x": (T, D), "rows": (R, D), "h": (R, F), "w_gate_up": (E, 2 * F, D), "w_down": (E, D, F)}
-    whole = {"sizes": (E,), "index": (R,), "position": (T, shape.top_k)}
-    return {name: jax.ShapeDtypeStruct(size, jnp.bfloat16) for name, size in floats.items()} | {
-        name: jax.ShapeDtypeStruct(size, jnp.int32) for name, size in whole.items()
-    }
+    D, F, E, R = shape.hidden, shape.intermediate, shape.experts, shape.rows
+    floats = {"rows": (R, D), "h": (R, F), "w_gate_up": (E, 2 * F, D), "w_down": (E, D, F)}
+    given = {name: jax.ShapeDtypeStruct(size, jnp.bfloat16) for name, size in floats.items()}
+    return given | {"sizes": jax.ShapeDtypeStruct((E,), jnp.int32)}
 
 
-def arguments(given: dict, product: str, candidate: Candidate | None) -> dict:
+def arguments(given: dict, product: str) -> dict:
     """Of `given`, what a program takes; the schedule comes on top."""
-    if product == ROWS:
-        return {name: given[name] for name in ("x", "position", "sizes", "index")}
-    x = given["h"] if product == DOWN else given["x" if candidate and candidate.gathers else "rows"]
-    more = {"index": given["index"]} if candidate and candidate.gathers else {}
-    return {"x": x, "w": given[f"w_{product}"], "sizes": given["sizes"]} | more
+    return {"x": given["h" if product == DOWN else "rows"], "w": given[f"w_{product}"], "sizes": given["sizes"]}
 
 
 def schedule_of(sizes: Any, rows: int, tile: int) -> Any:
@@ -193,30 +161,17 @@ def multiply(candidate: Candidate, product: str, rehearse: bool) -> Callable[[di
     activation = SILU if product == GATE_UP else None
 
     def kernel(given: dict) -> jax.Array:
-        more = {"index_R": given["index"]} if candidate.gathers else {}
         run = candidate.module.grouped_matmul
-        return run(given["x"], given["w"], given["schedule"], activation=activation, tile=candidate.tile, **more)
+        return run(given["x"], given["w"], given["schedule"], activation=activation, tile=candidate.tile)
 
-    def plain(given: dict) -> jax.Array:
-        return formula(product, {**given, "x": given["x"][given["index"]] if candidate.gathers else given["x"]})
-
-    return plain if rehearse else kernel
+    return functools.partial(formula, product) if rehearse else kernel
 
 
 def formula(product: str, given: dict) -> jax.Array:
     """The reference."""
-    if product == ROWS:
-        return reference.gather_rows(given["x"], given["index"])
     if product == DOWN:
         return reference.grouped_matmul(given["x"], given["w"], given["sizes"], None, given["x"].dtype)
     return reference.gate_up(given["x"], given["w"], given["sizes"], SILU, None)
-
-
-def spread(given: dict) -> jax.Array:
-    """The gather that a product with `gathers` saves."""
-    from jax_moe.kernels import triton_rows
-
-    return triton_rows.spread_rows(given["x"], given["position"], given["sizes"], rows=given["index"].shape[0])
 
 
 def repeated(call: Callable[[dict], jax.Array], calls: int) -> Callable[[dict], jax.Array]:
@@ -224,8 +179,7 @@ def repeated(call: Callable[[dict], jax.Array], calls: int) -> Callable[[dict], 
 
     def run(given: dict) -> jax.Array:
         def again(zero: jax.Array) -> jax.Array:
-            late = {"sizes", "schedule", "position"} & set(given)
-            return call(given | {name: given[name] + zero for name in late})
+            return call(given | {name: given[name] + zero for name in {"sizes", "schedule"} & set(given)})
 
         def body(_: Any, zero: jax.Array) -> jax.Array:
             return jnp.isnan(again(zero)[0, 0]).astype(jnp.int32)
@@ -236,39 +190,33 @@ def repeated(call: Callable[[dict], jax.Array], calls: int) -> Callable[[dict], 
 
 
 def flops(shape: Shape, product: str) -> float:
-    return {GATE_UP: 4.0, DOWN: 2.0, ROWS: 0.0}[product] * shape.rows * shape.hidden * shape.intermediate
+    return {GATE_UP: 4.0, DOWN: 2.0}[product] * shape.rows * shape.hidden * shape.intermediate
 
 
 def calls_of(shape: Shape, product: str) -> int:
     """As many as take about LOOP_SECONDS at 600 TFLOP/s and 2.5 TB/s."""
     weights = shape.hidden * shape.intermediate * min(shape.experts, shape.rows)
-    moved = {GATE_UP: 4.0 * weights, DOWN: 2.0 * weights, ROWS: 4.0 * shape.rows * shape.hidden}[product]
+    moved = {GATE_UP: 4.0, DOWN: 2.0}[product] * weights
     seconds = max(flops(shape, product) / 6e14, moved / 2.5e12, 1e-5)
     return max(2, min(50, math.ceil(LOOP_SECONDS / seconds)))
 
 
-def jobs(name: str, without: Iterable[str] = ()) -> list[tuple[str, Candidate | None, str]]:
-    """(name, candidate, product) of everything that is timed for a class; None: the gather by itself."""
-    found: list[tuple[str, Candidate | None, str]] = [("gather by token", None, ROWS)]
-    for candidate in CLASSES[name][1]:
-        found += [(candidate.name, candidate, product) for product in (GATE_UP, DOWN)[: 1 if candidate.gathers else 2]]
+def jobs(name: str, without: Iterable[str] = ()) -> list[tuple[str, Candidate, str]]:
+    """(name, candidate, product) of everything that is timed for a class."""
+    found = [(candidate.name, candidate, product) for candidate in CLASSES[name][1] for product in (GATE_UP, DOWN)]
     return [job for job in found if f"{job[0]}|{job[2]}" not in set(without)]
 
 
-def traced(shape: Shape, candidate: Candidate | None, product: str, rehearse: bool) -> Any:
+def traced(shape: Shape, candidate: Candidate, product: str, rehearse: bool) -> Any:
     """The program that is timed, with abstract operands; raises where the kernels could not take these."""
-    given: dict = arguments(abstract(shape), product, candidate)
-    if candidate is not None:
-        rows = jax.ShapeDtypeStruct((shape.rows, given["x"].shape[1]), given["x"].dtype)
-        reason = hopper.no_gate_up(rows, given["w"], None, SILU, None) if product == GATE_UP else (
-            hopper.no_grouped_matmul(rows, given["w"], None, None, rows.dtype))  # fmt: skip
-        assert reason is None, reason
-        make = functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows)
-        given["schedule"] = jax.eval_shape(make, given["sizes"])
-        call = multiply(candidate, product, rehearse)
-    else:
-        call = functools.partial(formula, ROWS) if rehearse else spread
-    return jax.jit(repeated(call, calls_of(shape, product))).trace(given)
+    given: dict = arguments(abstract(shape), product)
+    x, w = given["x"], given["w"]
+    reason = hopper.no_gate_up(x, w, None, SILU, None) if product == GATE_UP else (
+        hopper.no_grouped_matmul(x, w, None, None, x.dtype))  # fmt: skip
+    assert reason is None, reason
+    make = functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows)
+    given["schedule"] = jax.eval_shape(make, given["sizes"])
+    return jax.jit(repeated(multiply(candidate, product, rehearse), calls_of(shape, product))).trace(given)
 
 
 def work(name: str, rehearse: bool, without: list[str]) -> None:
@@ -315,14 +263,12 @@ def work(name: str, rehearse: bool, without: list[str]) -> None:
     want: dict[str, jax.Array] = {}
     worst = jax.jit(_worst_row)
     for key, (candidate, product, program) in compiled.items():
-        operands = arguments(given, product, candidate)
-        if candidate is not None:
-            make = jax.jit(functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows))
-            operands["schedule"] = make(given["sizes"])
+        operands = arguments(given, product)
+        make = jax.jit(functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows))
+        operands["schedule"] = make(given["sizes"])
         if product not in want:
-            want[product] = jax.block_until_ready(
-                jax.jit(functools.partial(formula, product))(arguments(given, product, None))
-            )
+            plain = jax.jit(functools.partial(formula, product))
+            want[product] = jax.block_until_ready(plain(arguments(given, product)))
         say(event="trying", key=key)
         error = float(worst(program(operands), want[product]))
         if not error < float(jnp.finfo(jnp.bfloat16).eps) / 2:
@@ -466,7 +412,7 @@ def suggestion(name: str, found: dict) -> str:
     both: dict[str, float] = {}
     for candidate in CLASSES[name][1]:
         pair = [found["times"].get(f"{candidate.name}|{product}") for product in (GATE_UP, DOWN)]
-        if not candidate.gathers and all(pair):
+        if all(pair):
             both[candidate.name] = sum(each["ms"] for each in pair if each)
     if not both:
         return "no tile was timed in both products: no suggestion"
@@ -496,8 +442,6 @@ def table(name: str, found: dict) -> list[str]:
         return [*lines, "Nothing was timed."]
     ruler = times[f"{CUBLAS}|"]
     lines.append(f"{CUBLAS}: {ruler['tflops']:.0f} TFLOP/s beside these")
-    if gather := times.get(f"gather by token|{ROWS}"):
-        lines.append(f"gather by token: {gather['ms']:.3f} ms, which a tile that gathers saves")
     lines += ["", "| tile | gate, up: ms | TFLOP/s | down: ms | TFLOP/s |", "|---|---|---|---|---|"]
     for candidate in CLASSES[name][1]:
         cells = []

@@ -62,9 +62,8 @@ def test_a_candidate_that_kills_its_process_is_left_out_and_the_others_are_timed
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3, few"])
 def test_what_is_timed_lowers_for_cuda_with_the_operands_that_it_gets(script, name):
     shape = script.CLASSES[name][0]
-    jobs = {(type(candidate and candidate.tile), candidate and candidate.gathers, product): candidate
-            for _, candidate, product in script.jobs(name)}  # fmt: skip
-    for (_, _, product), candidate in jobs.items():
+    jobs = {(type(candidate.tile), product): candidate for _, candidate, product in script.jobs(name)}
+    for (_, product), candidate in jobs.items():
         traced = script.traced(shape, candidate, product, False)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "custom_call" in program

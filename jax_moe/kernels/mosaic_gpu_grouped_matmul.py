@@ -19,7 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
-from jax_moe.kernels import mosaic_gpu_gather as gather
 from jax_moe.kernels.schedule import FIELDS, make_schedule
 
 DEPTH = 64  # columns, of two bytes each, in the 128 bytes of one swizzle atom
@@ -34,19 +33,11 @@ class Tile:
         weights wide; a gated one has 128 of gate and 128 of up.
       stages: stages of the ring of operands.
       band: tiles of rows that are walked together before the next column of weights.
-      pair: two CTAs of a cluster take neighbouring columns and load their common rows once, by multicast.
-      skew: stages by which the first multiplying warpgroup leads the second, so that one multiplies while the other
-        stores; 0 lets them run as they like.
-      lag: stages that gathered rows have to arrive, at most `stages` - 2: a stage is free when the next one has been
-        multiplied, and rows arrive when `lag` further stages have been free.
     """
 
     rows: int = 128
     stages: int = 4
     band: int = 16
-    pair: bool = False
-    skew: int = 0
-    lag: int = 2
 
 
 def operand_memory(shape, dtype, *, interpret: bool):
@@ -135,11 +126,47 @@ def weight_tile(w_ref, expert, part, column, columns, k, layout):
     return w_ref.at[expert, part, rows, depth] if layout == "concatenated" else w_ref.at[expert, rows, part, depth]
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
+def load_tiles(
+    find, trips, x_ref, w_ref, x_load, w_load, full, empty, *, tile, parts: int, layout, k_tiles: int
+) -> None:  # fmt: skip
+    """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages."""
+    stages, out_columns = tile.stages, 256 // parts
+
+    def item(i, step):
+        work = find(i)
+
+        def load(k, step):
+            slot = lax.rem(step, jnp.int32(stages))
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            rows = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
+            plgpu.copy_gmem_to_smem(rows, x_load.at[slot], full.at[slot])
+            for part in range(parts):
+                plgpu.copy_gmem_to_smem(
+                    weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
+                    w_load.at[slot, pl.ds(part * out_columns, out_columns)],
+                    full.at[slot],
+                )
+            return step + 1
+
+        return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
+
+    step = lax.fori_loop(0, trips, item, jnp.int32(0))
+
+    def drain(s, carry):  # leave no barrier with a phase that nobody has seen
+        plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
+        return carry
+
+    lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+
+
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
-    index_ref = rest.pop(0) if has_index else None
-    out_ref, x_smem, w_smem, out_smem, full, empty, *turn = rest
+    out_ref, x_smem, w_smem, out_smem, full, empty = rest
     x_load, x_smem = views(x_smem, interpret=interpret)
     w_load, w_smem = views(w_smem, interpret=interpret)
     out_store, out_smem = views(out_smem, interpret=interpret)
@@ -152,68 +179,22 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms:
     k_tiles = -(-depth // DEPTH)
     column_tiles = -(-columns // out_columns)
     stages = tile.stages
-    skew = tile.skew if k_tiles > 2 * stages else 0  # a lead of a whole tile would pass the barrier twice
 
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
-    if tile.pair:
-        column_tiles = -(-column_tiles // 2)
     items = schedule_ref[5] * column_tiles
     trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
-    find_item = functools.partial(
+    find = functools.partial(
         find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band
     )
-
-    def find(linear):
-        work = find_item(linear)
-        return dataclasses.replace(work, column=2 * work.column + lax.axis_index("cta")) if tile.pair else work
 
     @pl.when(wg == 2)
     def _load():
         plgpu.set_max_registers(40, action="decrease")
 
-        def arrived(step, lag):
-            @pl.when(step >= lag)
-            def _():
-                gather.wait(lag)
-                plgpu.barrier_arrive(full.at[lax.rem(step - lag, jnp.int32(stages))])
-
-        def item(i, step):
-            work = find(sm + i * sms)
-
-            def load(k, step):
-                slot = lax.rem(step, jnp.int32(stages))
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                if index_ref is None:
-                    source = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
-                    together = "cta" if tile.pair else None
-                    plgpu.copy_gmem_to_smem(source, x_load.at[slot], full.at[slot], collective_axes=together)
-                for part in range(parts):
-                    plgpu.copy_gmem_to_smem(
-                        weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
-                        w_load.at[slot, pl.ds(part * out_columns, out_columns)],
-                        full.at[slot],
-                    )
-                if index_ref is not None:
-                    gather.start(x_ref, index_ref, x_load.at[slot], work.row, k, rows=tile.rows)
-                    arrived(step, tile.lag)
-                return step + 1
-
-            return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
-
-        step = lax.fori_loop(0, trips, item, jnp.int32(0))
-        if index_ref is not None:
-            for lag in reversed(range(tile.lag)):
-                arrived(step - 1, lag)
-
-        def drain(s, carry):  # leave no barrier with a phase that nobody has seen
-            plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
-            return carry
-
-        lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+        load_tiles(
+            lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
+            tile=tile, parts=parts, layout=layout, k_tiles=k_tiles,
+        )  # fmt: skip
 
     @pl.when(wg < 2)
     def _multiply():
@@ -259,19 +240,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms:
                     mma(k, carry)
                     plgpu.wgmma_wait(len(accs))  # the multiplications before these have read their stage
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
-                    if skew:
-
-                        @pl.when((k == skew) & (wg == 0))
-                        def _():
-                            plgpu.barrier_arrive(turn[0])
-
                     return carry
-
-                if skew:
-
-                    @pl.when(wg == 1)
-                    def _():
-                        plgpu.barrier_wait(turn[0])
 
                 mma(0, None)
                 lax.fori_loop(1, k_tiles, steady, None)
@@ -363,14 +332,6 @@ def weight_operands(w: jax.Array, bias: jax.Array | None, activation, *, past: i
     return [w, jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % past)))], columns
 
 
-def index_operand(index_R: jax.Array, tile) -> jax.Array:
-    """The rows to gather as the kernels read them: a tile may reach past the last."""
-    # Each of these waits for a stage that only the next one's multiplication frees: docs/kernels.md.
-    assert tile.lag <= tile.stages - 2, tile
-    assert tile.lag + tile.skew <= tile.stages - 1, tile
-    return jnp.pad(index_R, (0, tile.rows))
-
-
 def compiler_params(interpret) -> plgpu.CompilerParams:
     """How all products are compiled: by lane, with barriers of their own but in the interpreter."""
     return plgpu.CompilerParams(
@@ -387,7 +348,6 @@ def grouped_matmul(
     *,
     activation=None,
     bias: jax.Array | None = None,
-    index_R: jax.Array | None = None,
     tile: Tile = Tile(),
     interpret=None,
 ) -> jax.Array:
@@ -399,49 +359,38 @@ def grouped_matmul(
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.
-      index_R: (R,) int32; where given, x is (t, D) and its rows are gathered as they are loaded.
       tile: shape of the tiles.
       interpret: InterpretGPUParams to run on CPU.
 
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
     experts, gated = w.shape[0], gate_layout(activation) is not None
     weights, columns = weight_operands(w, bias, activation, past=256)
-    operands = [schedule, x_RD, *weights]
-    if index_R is not None:
-        operands.append(index_operand(index_R, tile))
-    sms = (sm_count() // 2 if tile.pair else sm_count()) if interpret is None else 2
+    sms = sm_count() if interpret is None else 2
     body = functools.partial(
-        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
-        has_index=index_R is not None, sms=sms, experts=experts,
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
         interpret=interpret is not None,
     )  # fmt: skip
     name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     return plgpu.kernel(
         named(body, name),
-        out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
+        out_type=jax.ShapeDtypeStruct((x_RD.shape[0], columns), x_RD.dtype),
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),
             memory((tile.stages, 256, DEPTH)),
             memory((2, 2, 64, DEPTH)),
             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
-            # A stage of a pair is free when all four warpgroups have read it: a multicast writes to both CTAs.
-            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=2, num_barriers=tile.stages)
-            if tile.pair
-            else plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-            *([plgpu.Barrier(num_arrivals=1)] if tile.skew else []),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         ],
         grid=(sms,),
         grid_names=("sm",),
-        **({"cluster": (2,), "cluster_names": ("cta",)} if tile.pair else {}),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
         compiler_params=compiler_params(interpret),
-    )(*operands)
+    )(schedule, x_RD, *weights)
 
 
 __all__ = ["Tile", "grouped_matmul", "make_schedule", "sm_count"]

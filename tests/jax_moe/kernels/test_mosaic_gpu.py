@@ -33,11 +33,10 @@ def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None
     [
         (wide, wide.Tile()),
         (wide, wide.Tile(rows=64)),
-        (wide, wide.Tile(pair=True)),
         (any_height, any_height.Tile(rows=136)),
         (small, small.Tile(rows=16)),
     ],
-    ids=["128 rows", "64 rows", "pairs", "136 rows", "small groups"],
+    ids=["128 rows", "64 rows", "136 rows", "small groups"],
 )
 def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
@@ -55,14 +54,14 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     ("kernel", "tile", "sizes", "depth", "weight_rows", "activation", "bias", "dtype"),
     [
         (wide, wide.Tile(stages=2), [130, 0, 40], 72, 264, None, False, jnp.float16),
-        (wide, wide.Tile(stages=2, pair=True), [129, 5], 72, 272, "interleaved", True, jnp.bfloat16),
+        (wide, wide.Tile(stages=2), [129, 5], 72, 272, "interleaved", True, jnp.bfloat16),
         (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False, jnp.bfloat16),
         (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], 72, 272, "swigluoai", True, jnp.bfloat16),
         (any_height, any_height.Tile(rows=16, stages=2), [3, 17], 136, 264, None, True, jnp.float16),
-        (any_height, any_height.Tile(rows=40, skew=1, buffers=2), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
+        (any_height, any_height.Tile(rows=40, buffers=2), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
         (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True, jnp.float16),
     ],
-    ids=["128 rows", "pairs", "64 rows", "24 rows", "16 rows", "40 rows, skewed", "small groups"],
+    ids=["128 rows", "128 rows, gated", "64 rows", "24 rows", "16 rows", "40 rows", "small groups"],
 )
 def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias, dtype):
     x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias, dtype=dtype)
