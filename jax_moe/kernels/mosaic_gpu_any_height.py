@@ -43,16 +43,25 @@ class Tile:
     """Shape of a CTA's tile and of its pipeline.
 
     Attributes:
-      rows: tokens of a tile, a multiple of 8 up to 184.
+      rows: tokens of a tile, a multiple of 8 up to 184; of the highest where there are several heights.
+      lower: how many lower heights there are, `step`, 2 * `step`, ... below; each tile takes one of them.
+      step: rows between two heights, a multiple of 8.
       stages: stages of the ring of operands.
       buffers: blocks of results that each warpgroup may have on their way to memory: 1, 2, or 4 without a gate.
       band: tiles of rows that are walked together before the next column of weights.
     """
 
     rows: int = 144
+    lower: int = 0
+    step: int = 16
     stages: int = 4
     buffers: int = 1
     band: int = 16
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """From the lowest on."""
+        return tuple(self.rows - i * self.step for i in reversed(range(self.lower + 1)))
 
     @property
     def chunk(self) -> int:
@@ -61,10 +70,9 @@ class Tile:
         most = left // (2 * self.buffers * 2 * BLOCK) // 8 * 8
         return min(most, -(-self.rows // 16) * 8)
 
-    @property
-    def chunks(self) -> list[tuple[int, int]]:
-        """(first token, tokens) of each block of results."""
-        return [(first, min(self.chunk, self.rows - first)) for first in range(0, self.rows, self.chunk)]
+    def chunks(self, height: int) -> list[tuple[int, int]]:
+        """(first token, tokens) of each block of results of a tile."""
+        return [(first, min(self.chunk, height - first)) for first in range(0, height, self.chunk)]
 
 
 def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
@@ -89,8 +97,9 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     items = schedule_ref[5] * column_tiles
     trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
     find = functools.partial(
-        find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band
-    )
+        find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band,
+        lower=tile.lower, step=tile.step,
+    )  # fmt: skip
 
     @pl.when(wg == 2)
     def _load():
@@ -98,49 +107,49 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
         load_tiles(
             lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            tile=tile, parts=parts, layout=layout, k_tiles=k_tiles,
+            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages,
         )  # fmt: skip
 
     @pl.when(wg < 2)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
 
-        def store_tile(blocks, row, column):
+        def store_tile(blocks, row, column, height):
             """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
             if blocks is None:
-                zeros = jnp.full((BLOCK, tile.rows), 0.0, out_ref.dtype)
+                zeros = jnp.full((BLOCK, height), 0.0, out_ref.dtype)
                 zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                 blocks = [zeros] * (width // BLOCK)
-            pieces = [(b, *chunk) for b in range(len(blocks)) for chunk in tile.chunks]
-            for turn, (b, first, height) in enumerate(pieces):
+            pieces = [(b, *chunk) for b in range(len(blocks)) for chunk in tile.chunks(height)]
+            for turn, (b, first, size) in enumerate(pieces):
                 # Each tile begins with the first buffer: it must be the one used longest ago.
                 assert len(pieces) % tile.buffers == 0, (len(pieces), tile.buffers)
                 buffer = turn % tile.buffers
                 plgpu.wait_smem_to_gmem(tile.buffers - 1, wait_read_only=True)
-                piece = blocks[b][:, first : first + height]
-                epilogue.transpose_into(piece, out_smem.at[wg, buffer, pl.ds(0, height)], interpret=interpret)
+                piece = blocks[b][:, first : first + size]
+                epilogue.transpose_into(piece, out_smem.at[wg, buffer, pl.ds(0, size)], interpret=interpret)
                 plgpu.commit_smem()
-                target = out_ref.at[pl.ds(row + first, height), pl.ds(column + b * BLOCK, BLOCK)]
-                plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(0, height)], target)
+                target = out_ref.at[pl.ds(row + first, size), pl.ds(column + b * BLOCK, BLOCK)]
+                plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(0, size)], target)
 
-        def store_by_row(blocks, row, rows, column):  # the interpreter has no masked store
+        def store_by_row(blocks, row, rows, column, height):  # the interpreter has no masked store
             for b, block in enumerate(blocks):
-                for first, height in tile.chunks:
-                    out_smem[wg, 0, pl.ds(0, height)] = block[:, first : first + height].T
+                for first, length in tile.chunks(height):
+                    out_smem[wg, 0, pl.ds(0, length)] = block[:, first : first + length].T
                     for size in {BLOCK, columns % BLOCK} - {0}:
                         edge = column + (b + 1) * BLOCK > columns
                         here = jnp.logical_not(edge) if size == BLOCK else edge & (column + b * BLOCK < columns)
 
                         @pl.when(here)
-                        def _(size=size, b=b, first=first, height=height):
+                        def _(size=size, b=b, first=first, length=length):
                             def store(r, carry):
                                 target = pl.ds(column + b * BLOCK, size)
                                 out_ref[row + first + r, target] = out_smem[wg, 0, r, pl.ds(0, size)]
                                 return carry
 
-                            lax.fori_loop(0, jnp.minimum(rows - first, height), store, None)
+                            lax.fori_loop(0, jnp.minimum(rows - first, length), store, None)
 
-        def matmul(work, step):
+        def matmul(work, step, height):
             column = work.column * out_columns + wg * width
             # Gate and up rows of this warpgroup, or the two halves of its 128 rows.
             first_rows = [wg * BLOCK, out_columns + wg * BLOCK] if gated else [wg * width, wg * width + BLOCK]
@@ -149,8 +158,9 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 def mma(k, carry):
                     slot = lax.rem(step + k, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
+                    x = x_smem.at[slot] if tile.lower == 0 else x_smem.at[slot, pl.ds(0, height)]
                     for acc, first in zip(accs, first_rows, strict=True):
-                        plgpu.wgmma(acc, w_smem.at[slot, pl.ds(first, BLOCK)], transposed(x_smem.at[slot]))
+                        plgpu.wgmma(acc, w_smem.at[slot, pl.ds(first, BLOCK)], transposed(x))
                     return carry
 
                 def steady(k, carry):
@@ -163,28 +173,28 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 lax.fori_loop(1, k_tiles, steady, None)
                 return tuple(acc[...] for acc in accs)
 
-            values = list(pl.run_scoped(multiply, *[plgpu.ACC((BLOCK, tile.rows), jnp.float32)] * 2))
+            values = list(pl.run_scoped(multiply, *[plgpu.ACC((BLOCK, height), jnp.float32)] * 2))
             plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
             if bias_ref is not None:
                 for b in range(2):
                     part, first = (b, column) if gated else (0, column + b * BLOCK)
                     bias = epilogue.load_bias(bias_ref.at[work.expert, part, pl.ds(first, BLOCK)], reduced=1)
-                    values[b] += lax.broadcast_in_dim(bias, (BLOCK, tile.rows), (0,))
+                    values[b] += lax.broadcast_in_dim(bias, (BLOCK, height), (0,))
             if gated:
                 values = [epilogue.activate(activation, *values)]
             elif activation is not None:
                 values = [epilogue.activate(activation, value, None) for value in values]
             values = [value.astype(out_ref.dtype) for value in values]
-            whole = work.rows == tile.rows
+            whole = work.rows == height
 
             @pl.when(whole)
             def _():
-                store_tile(values, work.row, column)
+                store_tile(values, work.row, column, height)
 
             @pl.when(jnp.logical_not(whole))
             def _():
                 if interpret:
-                    store_by_row(values, work.row, work.rows, column)
+                    store_by_row(values, work.row, work.rows, column, height)
                 else:
                     for b, value in enumerate(values):
                         epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK)
@@ -194,11 +204,13 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
             @pl.when(work.zeros)
             def _():
-                store_tile(None, work.row, work.column * out_columns + wg * width)
+                store_tile(None, work.row, work.column * out_columns + wg * width, tile.rows)
 
-            @pl.when(jnp.logical_not(work.zeros))
-            def _():
-                matmul(work, step)
+            for kind, height in enumerate(tile.heights):  # outside of the loop over depth, each with its own loop
+
+                @pl.when(jnp.logical_not(work.zeros) & (work.height == kind))
+                def _(height=height):
+                    matmul(work, step, height)
 
             return step + jnp.where(work.zeros, 0, k_tiles)
 

@@ -90,7 +90,8 @@ def sm_count() -> int:
 class Work:
     """One tile: its expert, first row, rows that are its own (or a whole tile of them), column tile.
 
-    `zeros` says that it lies past the last group; `tokens` is the word of the record that says which tokens it has.
+    `zeros` says that it lies past the last group; `tokens` is the word of the record that says which tokens it has;
+    `height` is the number of its height, of those that the kernel has.
     """
 
     expert: jax.Array
@@ -99,10 +100,18 @@ class Work:
     column: jax.Array
     zeros: jax.Array
     tokens: jax.Array
+    height: jax.Array | int = 0
 
 
-def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int) -> Work:
-    """Item number `linear` of the work list: experts, then bands of row tiles, then columns, then rows in the band."""
+def find_work(
+    schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int, lower: int = 0, step: int = 8
+) -> Work:
+    """Item number `linear` of the work list: experts, then bands of row tiles, then columns, then rows in the band.
+
+    With `lower` a kernel has lower heights as well: `tile - step`, `tile - 2 * step`, ... A group's tiles share out its
+    rows: all have the same height, or the first of them the next higher one. Example: 300 rows, a tile of 144 and two
+    lower heights, 16 apart: three tiles, all of 112; the last is moved back until it ends with the group.
+    """
     at = lax.div(linear, jnp.int32(column_tiles)) * FIELDS
     expert, first, tiles = schedule_ref[at], schedule_ref[at + 1], schedule_ref[at + 2]
     start, size = schedule_ref[at + 3], schedule_ref[at + 4]
@@ -111,11 +120,22 @@ def find_work(schedule_ref, linear, *, experts: int, tile: int, column_tiles: in
     height = jnp.minimum(tiles - band_index * band, band)
     local = local - band_index * (band * column_tiles)
     column = lax.div(local, height)
-    row = (band_index * band + lax.rem(local, height)) * tile
     zeros = expert == experts
-    rows = jnp.minimum(jnp.where(zeros, size - row, size), tile)
-    row = jnp.where(zeros, row, jnp.maximum(jnp.minimum(row, size - tile), 0)) + start
-    return Work(jnp.minimum(expert, experts - 1), row, rows, column, zeros, schedule_ref[at + 6])
+    number = band_index * band + lax.rem(local, height)
+    if lower:
+        least = tile - lower * step
+        steps = lax.div(jnp.maximum(size - tiles * least, 0) + (step - 1), jnp.int32(step))  # above the least, in all
+        steps = jnp.where(zeros, tiles * lower, steps)
+        each = lax.div(steps, tiles)
+        more = steps - each * tiles  # tiles with one step more than each
+        row = number * (least + each * step) + jnp.minimum(number, more) * step
+        kind = each + (number < more).astype(jnp.int32)
+        rows = least + kind * step
+    else:
+        kind, row, rows = 0, number * tile, tile
+    own = jnp.minimum(jnp.where(zeros, size - row, size), rows)
+    row = jnp.where(zeros, row, jnp.maximum(jnp.minimum(row, size - rows), 0)) + start
+    return Work(jnp.minimum(expert, experts - 1), row, own, column, zeros, schedule_ref[at + 6], kind)
 
 
 def weight_tile(w_ref, expert, part, column, columns, k, layout):
@@ -127,23 +147,26 @@ def weight_tile(w_ref, expert, part, column, columns, k, layout):
 
 
 def load_tiles(
-    find, trips, x_ref, w_ref, x_load, w_load, full, empty, *, tile, parts: int, layout, k_tiles: int
+    find, trips, x_ref, w_ref, x_load, w_load, full, empty,
+    *, heights: tuple[int, ...], parts: int, layout, k_tiles: int, stages: int,
 ) -> None:  # fmt: skip
     """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages."""
-    stages, out_columns = tile.stages, 256 // parts
+    out_columns = 256 // parts
 
     def item(i, step):
         work = find(i)
+        steps = jnp.where(work.zeros, 0, k_tiles)
 
-        def load(k, step):
+        def load(k, step, height):
             slot = lax.rem(step, jnp.int32(stages))
 
             @pl.when(step >= stages)
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            rows = x_ref.at[pl.ds(work.row, tile.rows), pl.ds(k * DEPTH, DEPTH)]
-            plgpu.copy_gmem_to_smem(rows, x_load.at[slot], full.at[slot])
+            rows = x_ref.at[pl.ds(work.row, height), pl.ds(k * DEPTH, DEPTH)]
+            target = x_load.at[slot] if len(heights) == 1 else x_load.at[slot, pl.ds(0, height)]
+            plgpu.copy_gmem_to_smem(rows, target, full.at[slot])
             for part in range(parts):
                 plgpu.copy_gmem_to_smem(
                     weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
@@ -152,7 +175,13 @@ def load_tiles(
                 )
             return step + 1
 
-        return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
+        for kind, height in enumerate(heights):
+
+            @pl.when(work.height == kind)
+            def _(height=height):
+                lax.fori_loop(0, steps, functools.partial(load, height=height), step)
+
+        return step + steps
 
     step = lax.fori_loop(0, trips, item, jnp.int32(0))
 
@@ -193,7 +222,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
         load_tiles(
             lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            tile=tile, parts=parts, layout=layout, k_tiles=k_tiles,
+            heights=(tile.rows,), parts=parts, layout=layout, k_tiles=k_tiles, stages=stages,
         )  # fmt: skip
 
     @pl.when(wg < 2)
