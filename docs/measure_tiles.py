@@ -79,27 +79,37 @@ def _both(*found: Any) -> list[Candidate]:
 
 
 W, A = wide.Tile, any_height.Tile
-WIDE = _both(W(), W(rows=64))
-TALL = A(rows=176, stages=3, buffers=2)
 FEW = _both(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
 
 # name -> (shape, candidates); the shapes' sizes are those of docs/kernels.md
 CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
-    "qwen3": (
-        SHAPES["prefill_qwen3_30b"],
-        [*WIDE, *_both(A(rows=136), TALL, A(rows=88, stages=5))],
-    ),
     "gpt_oss": (
         SHAPES["prefill_gpt_oss_120b"],
-        [*WIDE, *_both(A(rows=136), A(rows=144), A(rows=144, stages=3, buffers=2), A(rows=96, stages=5))],
+        _both(W(), A(rows=144), A(rows=144, lower=1, step=24), A(rows=144, lower=2), A(rows=144, lower=4, step=8),
+              A(rows=160, lower=3)),
     ),
-    "120b": (SHAPES["prefill_120b"], [*WIDE, *_both(A(rows=128), A(rows=160), TALL)]),
-    "deepseek_v3": (SHAPES["prefill_deepseek_v3"], [*WIDE, *_both(A(rows=144), A(rows=72, stages=5))]),
-    "mixtral": (SHAPES["prefill_mixtral"], [*WIDE, *_both(A(rows=152), TALL)]),
+    "qwen3": (
+        SHAPES["prefill_qwen3_30b"],
+        _both(W(), A(rows=136), A(rows=144, lower=1, step=24), A(rows=144, lower=2), A(rows=136, lower=2),
+              A(rows=152, lower=2), A(rows=184, lower=2, stages=3, buffers=2)),
+    ),
+    "deepseek_v3": (
+        SHAPES["prefill_deepseek_v3"],
+        _both(W(rows=64), W(), A(rows=144), A(rows=144, boxes=True), A(rows=144, lower=2), A(rows=160, lower=3),
+              A(rows=160, lower=3, boxes=True), A(rows=152, lower=6, step=8)),
+    ),
+    "120b": (
+        SHAPES["prefill_120b"],
+        _both(W(), A(rows=144), A(rows=144, lower=1), A(rows=160, lower=1), A(rows=176, lower=1, stages=3, buffers=2)),
+    ),
+    "mixtral": (
+        SHAPES["prefill_mixtral"],
+        _both(W(), A(rows=152), A(rows=152, lower=2), A(rows=176, lower=1, stages=3, buffers=2)),
+    ),
     "qwen3, few": (SHAPES["decode64_qwen3_30b"], FEW),
     "qwen3, more": (SHAPES["decode256_qwen3_30b"], FEW),
     "deepseek_v3, few": (SHAPES["decode64_deepseek_v3"], FEW),
-}
+}  # fmt: skip
 
 
 def shape_of(name: str, rehearse: bool) -> Shape:
@@ -358,8 +368,10 @@ class Worker:
                 pipe.close()
 
 
-def measure(names: list[str], rehearse: bool, limit: float, compile_limit: float) -> dict[str, dict]:
-    """Class -> what its process said. All compile at once; then one at a time has the card."""
+def measure(
+    names: list[str], rehearse: bool, limit: float, compile_limit: float, keep: Path | None = None
+) -> dict[str, dict]:
+    """Class -> what its process said, also kept in a file. All compile at once; then one at a time has the card."""
     out: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         workers = {name: Worker(name, rehearse, [], Path(folder)) for name in names}
@@ -382,6 +394,8 @@ def measure(names: list[str], rehearse: bool, limit: float, compile_limit: float
                     left_out[tried[-1]] = reason
                 worker.close()
                 print("\n".join(table(name, out[name])) + "\n", flush=True)
+                if keep:
+                    keep.write_text(json.dumps(out) + "\n", encoding="utf-8")
         finally:
             for worker in workers.values():
                 worker.close()
@@ -478,9 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse and not choice.runs_on_hopper():
         print("needs a GPU of compute capability 9.0; --rehearse runs all of it without one", file=sys.stderr)
         return 2
-    found = measure(names, args.rehearse, args.limit, args.compile_limit)
-    if args.json:
-        args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    found = measure(names, args.rehearse, args.limit, args.compile_limit, args.json)
     return 0 if all(each["rounds"] and not each["ended"] for each in found.values()) else 1
 
 

@@ -49,6 +49,7 @@ class Tile:
       stages: stages of the ring of operands.
       buffers: blocks of results that each warpgroup may have on their way to memory: 1, 2, or 4 without a gate.
       band: tiles of rows that are walked together before the next column of weights.
+      boxes: part of a tile leaves as boxes of 8 rows, and only its last rows from registers.
     """
 
     rows: int = 144
@@ -57,6 +58,7 @@ class Tile:
     stages: int = 4
     buffers: int = 1
     band: int = 16
+    boxes: bool = False
 
     @property
     def heights(self) -> tuple[int, ...]:
@@ -114,8 +116,11 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
 
-        def store_tile(blocks, row, column, height):
-            """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
+        def store_tile(blocks, row, column, height, rows=None):
+            """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none.
+
+            With `rows` the first of them, in boxes of 8, and not what is left of them.
+            """
             if blocks is None:
                 zeros = jnp.full((BLOCK, height), 0.0, out_ref.dtype)
                 zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
@@ -129,10 +134,15 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                 piece = blocks[b][:, first : first + size]
                 epilogue.transpose_into(piece, out_smem.at[wg, buffer, pl.ds(0, size)], interpret=interpret)
                 plgpu.commit_smem()
-                target = out_ref.at[pl.ds(row + first, size), pl.ds(column + b * BLOCK, BLOCK)]
-                plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(0, size)], target)
+                for at in [0] if rows is None else range(0, size, 8):
+                    length = size if rows is None else 8
 
-        def store_by_row(blocks, row, rows, column, height):  # the interpreter has no masked store
+                    @pl.when(True if rows is None else rows >= first + at + 8)
+                    def _(at=at, length=length, first=first, b=b, buffer=buffer):
+                        target = out_ref.at[pl.ds(row + first + at, length), pl.ds(column + b * BLOCK, BLOCK)]
+                        plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(at, length)], target)
+
+        def store_by_row(blocks, row, rows, column, height, begin):  # the interpreter has no masked store
             for b, block in enumerate(blocks):
                 for first, length in tile.chunks(height):
                     out_smem[wg, 0, pl.ds(0, length)] = block[:, first : first + length].T
@@ -147,7 +157,8 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                                 out_ref[row + first + r, target] = out_smem[wg, 0, r, pl.ds(0, size)]
                                 return carry
 
-                            lax.fori_loop(0, jnp.minimum(rows - first, length), store, None)
+                            begin_here = jnp.maximum(begin - first, 0)
+                            lax.fori_loop(begin_here, jnp.minimum(rows - first, length), store, None)
 
         def matmul(work, step, height):
             column = work.column * out_columns + wg * width
@@ -193,11 +204,16 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
             @pl.when(jnp.logical_not(whole))
             def _():
+                begin = None
+                if tile.boxes:
+                    store_tile(values, work.row, column, height, work.rows)
+                    begin = work.rows - lax.rem(work.rows, jnp.int32(8))
                 if interpret:
-                    store_by_row(values, work.row, work.rows, column, height)
+                    plgpu.wait_smem_to_gmem(0)
+                    store_by_row(values, work.row, work.rows, column, height, 0 if begin is None else begin)
                 else:
                     for b, value in enumerate(values):
-                        epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK)
+                        epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK, begin)
 
         def item(i, step):
             work = find(sm + i * sms)

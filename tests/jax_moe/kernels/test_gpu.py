@@ -34,6 +34,11 @@ TILES = {
     "72 rows": (any_height, any_height.Tile(rows=72, stages=5)),
     "136 rows": (any_height, any_height.Tile(rows=136)),
     "144 rows": (any_height, any_height.Tile(rows=144)),
+    "144 rows, in boxes": (any_height, any_height.Tile(rows=144, boxes=True)),
+    "112, 128 and 144 rows": (any_height, any_height.Tile(rows=144, lower=2)),
+    "112 to 160 rows, in boxes": (any_height, any_height.Tile(rows=160, lower=3, boxes=True)),
+    "104, 112, ... 152 rows": (any_height, any_height.Tile(rows=152, lower=6, step=8)),
+    "160 and 176 rows": (any_height, any_height.Tile(rows=176, lower=1, stages=3, buffers=2)),
     "184 rows": (any_height, any_height.Tile(rows=184, stages=3, buffers=2)),
     **{f"{rows} tokens": (small, small.Tile(rows=rows)) for rows in (8, 16, 32, 64, 128)},
     **{f"triton, {tile.rows} rows": (triton, tile) for _, tile in triton.TABLE},
@@ -64,6 +69,28 @@ def test_every_tile_is_right_at_every_edge(name):
     with ThreadPoolExecutor(8) as pool:  # most of the time is compiling
         for done in [pool.submit(check, *TILES[name], *problem) for problem in problems]:
             done.result()
+
+
+SEVERAL = {name: tile for name, (_, tile) in TILES.items() if len(getattr(tile, "heights", ())) > 1}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_height_a_tile_gets_changes_no_bit(name):
+    tile = SEVERAL[name]
+    sizes = [
+        rows for height in tile.heights for rows in (height - 1, height, height + 1, 2 * height + 3, 3 * height - 5)
+    ]
+    sizes += [0, 1, 18 * tile.rows - 9, tile.rows + 1, 2 * tile.rows + 1]  # more tiles than a band, and three lowest
+    x, w, sizes, b = operands(sizes, 328, 272, spare=tile.rows + 5, bias=True)
+
+    def run(tile, activation):
+        schedule = make_schedule(sizes, rows=len(x), tile=tile.rows)
+        return any_height.grouped_matmul(x, w, schedule, activation=activation, bias=b, tile=tile)
+
+    for activation in (None, SILU):
+        got, alone = (jax.jit(run, static_argnums=(0, 1))(t, activation) for t in (tile, any_height.Tile(rows=136)))
+        assert_right(got, expected(x, w, sizes, activation=activation, bias=b), int(sizes.sum()))
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(alone).view(np.uint16))
 
 
 def router_of(kind, tokens, experts):
