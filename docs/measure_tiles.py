@@ -119,9 +119,11 @@ def shape_of(name: str, rehearse: bool) -> Shape:
     return dataclasses.replace(shape, tokens=96, hidden=64, intermediate=64, experts=8, top_k=2)
 
 
-def today(shape: Shape) -> str:
-    """The name of the tile that tiles.py has for it."""
-    return Candidate(tile=tiles.choose_tile(shape.rows, shape.experts).tile).name  # type: ignore[arg-type]
+def today(shape: Shape) -> dict[str, str]:
+    """Product -> the name of the tile that tiles.py has for it."""
+    gates = {GATE_UP: True, DOWN: False}
+    picks = {product: tiles.choose_tile(shape.rows, shape.experts, gated=gated) for product, gated in gates.items()}
+    return {product: Candidate(tile=pick.tile).name for product, pick in picks.items()}
 
 
 # In the process of a class
@@ -419,29 +421,20 @@ def summary(name: str, rehearse: bool, events: list[dict], left_out: dict[str, s
             "jax": card.get("jax"), "ended": reason, "left_out": gone, "times": found, "rounds": rounds}  # fmt: skip
 
 
-def suggestion(name: str, found: dict) -> str:
-    """The row for tiles.py: the tile whose two products are fastest together, if it is faster than today's."""
+def suggestion(name: str, product: str, found: dict) -> str:
+    """The choice for tiles.py: the tile that is fastest in this product, if it is faster than today's."""
     shape = CLASSES[name][0]
     mean = shape.rows / shape.experts
-    both: dict[str, float] = {}
-    for candidate in CLASSES[name][1]:
-        pair = [found["times"].get(f"{candidate.name}|{product}") for product in (GATE_UP, DOWN)]
-        if all(pair):
-            both[candidate.name] = sum(each["ms"] for each in pair if each)
-    if not both:
-        return "no tile was timed in both products: no suggestion"
-    best = min(both, key=both.__getitem__)
-    base = both.get(found["today"])
-    if base is not None and both[best] > NO_BETTER * base:
-        return (
-            f"at {mean:g} rows an expert {found['today']} stays: {base:.3f} ms, the best {both[best]:.3f} ms ({best})"
-        )
-    was = "today's was not timed" if base is None else f"{found['today']} needs {base:.3f} ms"
+    ms = {key.split("|")[0]: each["ms"] for key, each in found["times"].items() if key.endswith(f"|{product}")}
+    if not ms:
+        return "no tile was timed: no suggestion"
+    was = found["today"][product]
+    best, base = min(ms, key=ms.__getitem__), ms.get(was)
+    if base is not None and ms[best] > NO_BETTER * base:
+        return f"at {mean:g} rows an expert {was} stays: {base:.3f} ms, the best {ms[best]:.3f} ms ({best})"
     code = best.replace("grouped_matmul.", "wide.").replace("small_groups.", "small.")
-    rows = f"{best.split('rows=')[1].split(',')[0].rstrip(')')}"
-    day = datetime.date.today().isoformat()
-    row = f'({mean:g}, Choice({code}, "tiles of {rows} rows", "{found["card"]}, {day}: {mean:g}"))'
-    return f"{row}: {both[best]:.3f} ms, {was}"
+    choice = f'Choice({code}, "{found["card"]}, {datetime.date.today().isoformat()}: {mean:g}")'
+    return f"{choice}: {ms[best]:.3f} ms, " + (f"{was} {base:.3f} ms" if base else "today's was not timed")
 
 
 def table(name: str, found: dict) -> list[str]:
@@ -461,12 +454,11 @@ def table(name: str, found: dict) -> list[str]:
         cells = []
         for product in (GATE_UP, DOWN):
             each = times.get(f"{candidate.name}|{product}")
-            cells += [f"{each['ms']:.3f}", f"{each['tflops']:.0f}"] if each else ["", ""]
+            mark = " (today)" * (candidate.name == found["today"][product])
+            cells += [f"{each['ms']:.3f}{mark}", f"{each['tflops']:.0f}"] if each else ["", ""]
         if any(cells):
-            lines.append(
-                f"| `{candidate.name}`{' (today)' * (candidate.name == found['today'])} | {' | '.join(cells)} |"
-            )
-    return [*lines, "", f"tiles.py: {suggestion(name, found)}"]
+            lines.append(f"| `{candidate.name}` | {' | '.join(cells)} |")
+    return [*lines, "", *(f"tiles.py, {product}: {suggestion(name, product, found)}" for product in (GATE_UP, DOWN))]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -179,7 +179,7 @@ def _kernels(
             continue
         named = implementation if name in operands else kernels.for_rows(implementation)
         chosen = kernels.chosen(name, named, *operands.get(name, ()))
-        tile = kernels.tile_of(chosen, rows, held) if name in operands else None
+        tile = kernels.tile_of(chosen, rows, held, config.gated and name == "gate_up") if name in operands else None
         said.append(f"{name}: {chosen}" + (f" ({tile})" if tile else ""))
     text = ", ".join(said)
     if implementation is None and layer.may_fuse(config, parallel):

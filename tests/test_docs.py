@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_moe.kernels import tiles
 from parity import backends, delivery, grids, mutations, report, tolerance
 from parity.backends.base import Options
 from parity.case import FLAGS, FORMATS, TRANSPORTS, Case
@@ -124,6 +125,16 @@ def test_every_page_of_the_design_is_linked_from_the_start():
 def test_every_public_symbol_has_its_line(package):
     rows = {cell.strip("`") for row in table_rows(page(f"api/{package}.md"), "symbol")[1:] for cell in row[:1]}
     assert rows == exports(package)
+
+
+def test_the_table_of_tiles_is_the_one_that_is_used():
+    said = []
+    for most, gated, plain in tiles.TABLE:
+        bound = "more" if most == float("inf") else f"up to {most:g}"
+        second = "the same" if plain == gated else plain.words
+        assert plain.measured == gated.measured
+        said.append([bound, gated.words, second, gated.measured])
+    assert table_rows(page("kernels.md"), "mean rows of an expert")[1:] == said
 
 
 @pytest.mark.parametrize("package", ["jax_moe", "torch_moe"])

@@ -31,8 +31,10 @@ def test_a_rehearsal_times_every_candidate_and_suggests_a_row(script, tmp_path):
     assert (found["left_out"], found["ended"], len(found["rounds"])) == ({}, None, 2)
     timed = {f"{name}|{product}" for name, _, product in script.jobs("qwen3, few")} | {f"{script.CUBLAS}|"}
     assert set(found["times"]) == timed
-    assert "tiles.py: " in done.stdout
-    assert found["today"] in done.stdout
+    for product in ("gate_up", "down"):
+        assert f"tiles.py, {product}: " in done.stdout
+        assert found["today"][product] in done.stdout
+    assert "(today)" in done.stdout
 
 
 def test_a_candidate_that_kills_its_process_is_left_out_and_the_others_are_timed(script, monkeypatch, tmp_path, capsys):

@@ -194,7 +194,8 @@ def _on_hopper(
 ) -> Array:
     from jax_moe.kernels import tiles
 
-    pick, rows = tiles.choose_tile(x_RD.shape[0], w.shape[0]), x_RD.shape[0]
+    rows, gated = x_RD.shape[0], activation is not None and activation.gated
+    pick = tiles.choose_tile(rows, w.shape[0], gated=gated)
     if rows < pick.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
         x_RD = jnp.pad(x_RD, ((0, pick.tile.rows - rows), (0, 0)))
     schedule = _schedule(group_sizes_e, x_RD.shape[0], pick.tile.rows)
@@ -220,15 +221,16 @@ def _in_triton(
     )
 
 
-def hopper_tile(rows: int, experts: int) -> str:
+def hopper_tile(rows: int, experts: int, gated: bool) -> str:
     """What the table says of the tile, and the measurement it says it from."""
     from jax_moe.kernels import tiles
 
-    return str(tiles.choose_tile(rows, experts))
+    return str(tiles.choose_tile(rows, experts, gated=gated))
 
 
-def triton_tile(rows: int, experts: int) -> str:
+def triton_tile(rows: int, experts: int, gated: bool) -> str:
     """The tile of the Triton kernel."""
+    del gated
     from jax_moe.kernels import triton_grouped_matmul as triton
 
     return f"tiles of {triton.choose_tile(rows, experts).rows} rows"

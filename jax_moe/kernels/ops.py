@@ -100,10 +100,13 @@ def for_rows(implementation: str | None) -> str | None:
     return implementation if implementation in OPERATIONS["gather_rows"] else None
 
 
-def tile_of(implementation: str, rows: int, experts: int) -> str | None:
-    """The tile a product takes for a buffer of `rows` rows over `experts` experts, in words; None: it has none."""
+def tile_of(implementation: str, rows: int, experts: int, gated: bool) -> str | None:
+    """The tile a product takes for a buffer of `rows` rows over `experts` experts, in words; None: it has none.
+
+    `gated` says that it multiplies gate and up.
+    """
     tiles = {"mosaic_gpu": hopper.hopper_tile, "triton": hopper.triton_tile}
-    return tiles[implementation](rows, experts) if implementation in tiles else None
+    return tiles[implementation](rows, experts, gated) if implementation in tiles else None
 
 
 def _run(operation: str, implementation: str | None, *operands: Any) -> Any:

@@ -1,49 +1,68 @@
 """Which kernel and tile multiply rows by their experts' weights, from the shapes alone: no tuning when a program runs.
 
-The table comes from measurements on one H100 (docs/kernels.md has them, with dates). Its key is the mean number of rows
-an expert has, which is what decides whether reading weights or multiplying is the work.
+The table comes from measurements on one card each (docs/kernels.md has them). Its key is the mean number of rows an
+expert has, which is what decides whether reading weights or multiplying is the work.
 """
 
 import dataclasses
 from collections.abc import Callable
 
+from jax_moe.kernels import mosaic_gpu_any_height as any_height
 from jax_moe.kernels import mosaic_gpu_grouped_matmul as wide
 from jax_moe.kernels import mosaic_gpu_small_groups as small
+
+Tile = wide.Tile | any_height.Tile | small.Tile
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel and its tile; the rest is for people.
+    """A kernel and its tile, and where it comes from.
 
     Attributes:
       tile: of the kernel that runs.
-      why: the tile in words.
       measured: card, day and mean rows of an expert of the measurement that it came from; see the log.
     """
 
-    tile: wide.Tile | small.Tile
-    why: str
+    tile: Tile
     measured: str
 
     @property
     def run(self) -> Callable:
-        return wide.grouped_matmul if isinstance(self.tile, wide.Tile) else small.grouped_matmul
+        kernels = {wide.Tile: wide, any_height.Tile: any_height, small.Tile: small}
+        return kernels[type(self.tile)].grouped_matmul
+
+    @property
+    def words(self) -> str:
+        """The tile, for people."""
+        if isinstance(self.tile, small.Tile):
+            return f"weights on the 64-row side, {self.tile.rows} tokens a tile"
+        if isinstance(self.tile, wide.Tile):
+            return f"tiles of {self.tile.rows} rows"
+        *lower, highest = map(str, self.tile.heights)
+        heights = f"{', '.join(lower)} or {highest}" if lower else highest
+        return f"256 rows of weights by {heights} tokens"
 
     def __str__(self) -> str:
-        return f"{self.why}; from {self.measured} rows an expert"
+        return f"{self.words}; from {self.measured} rows an expert"
 
 
-# Mean rows of an expert up to which a choice holds.
-TABLE: tuple[tuple[float, Choice], ...] = (
-    (1.5, Choice(small.Tile(rows=8), "weights on the 64-row side, 8 tokens a tile", "H100, 2026-11-24: 0.06, 1")),
-    (12, Choice(small.Tile(rows=16), "weights on the 64-row side, 16 tokens a tile", "H100, 2026-11-24: 2, 4")),
-    (64, Choice(small.Tile(rows=32), "weights on the 64-row side, 32 tokens a tile", "H100, 2026-11-24: 16, 24, 48")),
-    (160, Choice(wide.Tile(rows=64), "tiles of 64 rows", "H100, 2026-11-24: 128")),
-    (float("inf"), Choice(wide.Tile(rows=128), "tiles of 128 rows", "H100, 2026-11-24: 256 to 2048")),
+def _same(tile: Tile, measured: str) -> tuple[Choice, Choice]:
+    return Choice(tile, measured), Choice(tile, measured)
+
+
+SWAPPED = any_height.Tile
+# Mean rows of an expert up to which a row holds; the choice for a product with a gate, and for one without.
+TABLE: tuple[tuple[float, Choice, Choice], ...] = (
+    (1.5, *_same(small.Tile(rows=8), "H100, 2026-11-24: 0.06, 1")),
+    (12, *_same(small.Tile(rows=16), "H100, 2026-11-24: 2, 4")),
+    (64, *_same(small.Tile(rows=32), "H100, 2026-11-24: 16, 24, 48")),
+    (360, *_same(SWAPPED(rows=144), "H200, 2026-11-28: 128, 256")),
+    (720, Choice(SWAPPED(rows=136), "H200, 2026-11-28: 512"), Choice(wide.Tile(), "H200, 2026-11-28: 512")),
+    (float("inf"), *_same(wide.Tile(), "H200, 2026-11-28: 1024, 2048")),
 )
 
 
-def choose_tile(rows: int, experts: int) -> Choice:
+def choose_tile(rows: int, experts: int, *, gated: bool) -> Choice:
     """The choice for a buffer of `rows` rows over `experts` experts, taken as if they were spread evenly."""
     mean = rows / max(experts, 1)
-    return next(choice for most, choice in TABLE if mean <= most)
+    return next(choices[0 if gated else 1] for most, *choices in TABLE if mean <= most)

@@ -112,7 +112,7 @@ def test_an_explanation_names_the_kernels_and_their_tiles(on):
     config = jm.MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=64)
     on("H100")
     said = jm.explain(config, jm.ParallelConfig(), tokens_per_rank=4096).kernels
-    assert "gate_up: mosaic_gpu (tiles of 128 rows" in said
+    assert "gate_up: mosaic_gpu (tiles of 128 rows; from H" in said
     assert "gather_rows: triton" in said
     said = jm.explain(config, jm.ParallelConfig(), tokens_per_rank=4, implementation="triton").kernels
     assert "grouped_matmul: triton (tiles of 16 rows)" in said

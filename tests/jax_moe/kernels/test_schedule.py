@@ -33,15 +33,20 @@ def test_every_tile_has_its_record(sizes, tile, spare):
 
 
 @pytest.mark.parametrize(
-    ("rows", "experts", "tile_rows"),
-    [(8, 128, 8), (512, 128, 16), (2048, 128, 32), (32768, 256, 64), (65536, 128, 128)],
+    ("rows", "experts", "with_gate", "without"),
+    [(8, 128, 8, 8), (512, 128, 16, 16), (2048, 128, 32, 32), (32768, 256, 144, 144), (65536, 128, 136, 128)],
 )
-def test_the_mean_rows_of_an_expert_decide_the_tile(rows, experts, tile_rows):
-    assert tiles.choose_tile(rows, experts).tile.rows == tile_rows
+def test_the_mean_rows_of_an_expert_and_the_product_decide_the_tile(rows, experts, with_gate, without):
+    assert tiles.choose_tile(rows, experts, gated=True).tile.rows == with_gate
+    assert tiles.choose_tile(rows, experts, gated=False).tile.rows == without
 
 
 def test_every_tile_says_what_measurement_it_came_from():
-    said = str(tiles.choose_tile(65536, 128))
-    assert said == "tiles of 128 rows; from H100, 2026-11-24: 256 to 2048 rows an expert"
-    for _, choice in tiles.TABLE:
-        assert re.fullmatch(r"H\d00, 2\d{3}-\d\d-\d\d: .*\d", choice.measured), choice
+    said = [str(tiles.choose_tile(65536, 128, gated=gated)) for gated in (True, False)]
+    assert said == [
+        "256 rows of weights by 136 tokens; from H200, 2026-11-28: 512 rows an expert",
+        "tiles of 128 rows; from H200, 2026-11-28: 512 rows an expert",
+    ]
+    for _, *choices in tiles.TABLE:
+        for choice in choices:
+            assert re.fullmatch(r"H\d00, 2\d{3}-\d\d-\d\d: .*\d", choice.measured), choice
