@@ -19,6 +19,9 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+SEVERAL = any_height.Tile(rows=40, lower=2, step=8, stages=2)
+
+
 def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None):
     schedule = make_schedule(sizes, rows=x.shape[0], tile=tile.rows)
     return kernel.grouped_matmul(x, w, schedule, activation=activation, bias=bias, tile=tile, interpret=interpret)
@@ -34,9 +37,10 @@ def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None
         (wide, wide.Tile()),
         (wide, wide.Tile(rows=64)),
         (any_height, any_height.Tile(rows=136)),
+        (any_height, any_height.Tile(rows=144, lower=2)),
         (small, small.Tile(rows=16)),
     ],
-    ids=["128 rows", "64 rows", "136 rows", "small groups"],
+    ids=["128 rows", "64 rows", "136 rows", "112, 128 and 144 rows", "small groups"],
 )
 def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
@@ -59,9 +63,20 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
         (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], 72, 272, "swigluoai", True, jnp.bfloat16),
         (any_height, any_height.Tile(rows=16, stages=2), [3, 17], 136, 264, None, True, jnp.float16),
         (any_height, any_height.Tile(rows=40, buffers=2), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
+        (any_height, SEVERAL, [1, 23, 24, 25, 0, 40, 41, 47, 49, 60, 100], 72, 272, "silu", True, jnp.bfloat16),
+        (any_height, SEVERAL, [7, 9, 39, 80], 72, 264, None, False, jnp.bfloat16),
         (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True, jnp.float16),
     ],
-    ids=["128 rows", "128 rows, gated", "64 rows", "24 rows", "16 rows", "40 rows", "small groups"],
+    ids=[
+        "128 rows",
+        "128 rows, gated",
+        "64 rows",
+        "24 rows",
+        "16 rows",
+        "40 rows",
+        *["24, 32 and 40 rows"] * 2,
+        "small groups",
+    ],
 )
 def test_the_interpreter_computes_the_formula(kernel, tile, sizes, depth, weight_rows, activation, bias, dtype):
     x, w, sizes, bias = operands(sizes, depth, weight_rows, spare=6, bias=bias, dtype=dtype)

@@ -1,5 +1,7 @@
 """The work list of the grouped kernels, against a walk over the groups."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_moe.kernels import tiles
+from jax_moe.kernels.mosaic_gpu_grouped_matmul import find_work
 from jax_moe.kernels.schedule import FIELDS, make_schedule, tile_bound
 
 
@@ -30,6 +33,40 @@ def test_every_tile_has_its_record(sizes, tile, spare):
     want = walked(sizes, rows, tile)
     assert len(want) <= len(got) == tile_bound(rows, len(sizes), tile)
     np.testing.assert_array_equal(got[: len(want), :6], want)
+
+
+@pytest.mark.parametrize(("tile", "lower", "step"), [(144, 0, 8), (144, 2, 16), (144, 1, 24), (152, 6, 8), (64, 7, 8)])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, lower, step, columns):
+    heights = [tile - step * k for k in range(lower, -1, -1)]
+    rng = np.random.default_rng(0)
+    sizes = np.concatenate([rng.integers(0, 700, 40), [0, 1, tile, tile + 1, 17 * tile - 3], np.asarray(heights) * 2])
+    rows = int(sizes.sum()) + tile + 9
+    schedule = make_schedule(jnp.asarray(sizes, jnp.int32), rows=rows, tile=tile)
+    count = int(schedule[5])
+    find = functools.partial(
+        find_work, schedule, experts=len(sizes), tile=tile, column_tiles=columns, band=16, lower=lower, step=step
+    )
+    work = jax.vmap(lambda i: dataclasses.astuple(find(i)))(jnp.arange(count * columns))
+    expert, row, own, column, zeros, _, kind = (np.asarray(field) for field in work)
+    start = np.concatenate([[0], np.cumsum(sizes)])
+    written = np.zeros((columns, rows), int)
+    for e, r, n, c, z, k in zip(expert, row, own, column, zeros, kind, strict=True):
+        height = heights[k]
+        if z:
+            assert r >= start[-1]
+            assert n == min(height, rows - r)
+        else:
+            assert n == min(height, sizes[e])
+            assert start[e] <= r
+            assert r + n <= start[e + 1]
+        written[c, r : r + n] += 1
+    assert (written >= 1).all()
+    # No more than a step of each group is multiplied twice, but where the lowest height is still too high.
+    for e, size in enumerate(sizes):
+        multiplied = sum(heights[k] for k in kind[(expert == e) & ~zeros & (column == 0)])
+        tiles_of_it = -(-size // tile)
+        assert size <= multiplied < max(size + (step if lower else tile), tiles_of_it * heights[0] + 1), (e, size)
 
 
 @pytest.mark.parametrize(
