@@ -46,6 +46,7 @@ class Tile:
       rows: tokens of a tile, a multiple of 8 up to 184; of the highest where there are several heights.
       lower: how many lower heights there are, `step`, 2 * `step`, ... below; each tile takes one of them.
       step: rows between two heights, a multiple of 8.
+      even: all tiles of a group have the same height, so that CTAs that share its weights keep pace.
       stages: stages of the ring of operands.
       buffers: blocks of results that each warpgroup may have on their way to memory: 1, 2, or 4 without a gate.
       band: tiles of rows that are walked together before the next column of weights.
@@ -55,6 +56,7 @@ class Tile:
     rows: int = 144
     lower: int = 0
     step: int = 16
+    even: bool = False
     stages: int = 4
     buffers: int = 1
     band: int = 16
@@ -100,7 +102,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
     find = functools.partial(
         find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band,
-        lower=tile.lower, step=tile.step,
+        lower=tile.lower, step=tile.step, even=tile.even,
     )  # fmt: skip
 
     @pl.when(wg == 2)

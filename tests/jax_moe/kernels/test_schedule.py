@@ -36,8 +36,8 @@ def test_every_tile_has_its_record(sizes, tile, spare):
 
 
 @pytest.mark.parametrize(("tile", "lower", "step"), [(144, 0, 8), (144, 2, 16), (144, 1, 24), (152, 6, 8), (64, 7, 8)])
-@pytest.mark.parametrize("columns", [1, 3])
-def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, lower, step, columns):
+@pytest.mark.parametrize(("columns", "even"), [(1, False), (3, False), (3, True)])
+def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, lower, step, columns, even):
     heights = [tile - step * k for k in range(lower, -1, -1)]
     rng = np.random.default_rng(0)
     sizes = np.concatenate([rng.integers(0, 700, 40), [0, 1, tile, tile + 1, 17 * tile - 3], np.asarray(heights) * 2])
@@ -45,7 +45,15 @@ def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, 
     schedule = make_schedule(jnp.asarray(sizes, jnp.int32), rows=rows, tile=tile)
     count = int(schedule[5])
     find = functools.partial(
-        find_work, schedule, experts=len(sizes), tile=tile, column_tiles=columns, band=16, lower=lower, step=step
+        find_work,
+        schedule,
+        experts=len(sizes),
+        tile=tile,
+        column_tiles=columns,
+        band=16,
+        lower=lower,
+        step=step,
+        even=even,
     )
     work = jax.vmap(lambda i: dataclasses.astuple(find(i)))(jnp.arange(count * columns))
     expert, row, own, column, zeros, _, kind = (np.asarray(field) for field in work)
@@ -64,9 +72,13 @@ def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, 
     assert (written >= 1).all()
     # No more than a step of each group is multiplied twice, but where the lowest height is still too high.
     for e, size in enumerate(sizes):
-        multiplied = sum(heights[k] for k in kind[(expert == e) & ~zeros & (column == 0)])
-        tiles_of_it = -(-size // tile)
-        assert size <= multiplied < max(size + (step if lower else tile), tiles_of_it * heights[0] + 1), (e, size)
+        count = -(-size // tile)
+        most = tile if not lower else step * count if even else step
+        for c in range(columns):
+            found = [heights[k] for k in kind[(expert == e) & ~zeros & (column == c)]]
+            assert size <= sum(found) < max(size + most, count * heights[0] + 1), (e, size)
+            assert len(found) == count
+            assert not even or len(set(found)) <= 1
 
 
 @pytest.mark.parametrize(
