@@ -85,28 +85,18 @@ FEW = _both(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
 CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
     "qwen3": (
         SHAPES["prefill_qwen3_30b"],
-        _both(W(), A(rows=136), A(rows=144, lower=2), A(rows=144, lower=4, step=8),
-              A(rows=144, lower=4, step=8, even=True), A(rows=136, lower=2), A(rows=136, lower=4, step=8, even=True)),
+        _both(W(), A(rows=136), A(rows=136, lower=2), A(rows=144, lower=2), A(rows=144, lower=4, step=8)),
     ),
     "gpt_oss": (
         SHAPES["prefill_gpt_oss_120b"],
-        _both(W(), A(rows=144), A(rows=144, lower=2), A(rows=144, lower=4, step=8),
-              A(rows=144, lower=4, step=8, even=True), A(rows=160, lower=6, step=8, even=True)),
-    ),
-    "mixtral": (
-        SHAPES["prefill_mixtral"],
-        _both(W(), A(rows=152), A(rows=160, lower=1), A(rows=160, lower=2, step=8, even=True)),
+        _both(W(), A(rows=144), A(rows=144, lower=2), A(rows=144, lower=4, step=8), A(rows=160, lower=3)),
     ),
     "deepseek_v3": (
         SHAPES["prefill_deepseek_v3"],
-        _both(W(rows=64), W(), A(rows=144), A(rows=144, boxes=True), A(rows=160, lower=3),
-              A(rows=160, lower=3, boxes=True)),
+        _both(W(rows=64), W(), A(rows=144), A(rows=72, stages=5), A(rows=144, lower=4, step=8), A(rows=160, lower=3)),
     ),
-    "120b": (
-        SHAPES["prefill_120b"],
-        _both(W(), A(rows=160, lower=2, step=8, even=True),
-              A(rows=176, lower=2, step=8, even=True, stages=3, buffers=2)),
-    ),
+    "mixtral": (SHAPES["prefill_mixtral"], _both(W(), A(rows=152), A(rows=160, lower=1))),
+    "120b": (SHAPES["prefill_120b"], _both(W(), A(rows=160), A(rows=160, lower=1), A(rows=176, stages=3))),
     "qwen3, few": (SHAPES["decode64_qwen3_30b"], FEW),
     "qwen3, more": (SHAPES["decode256_qwen3_30b"], FEW),
     "deepseek_v3, few": (SHAPES["decode64_deepseek_v3"], FEW),

@@ -46,21 +46,15 @@ class Tile:
       rows: tokens of a tile, a multiple of 8 up to 184; of the highest where there are several heights.
       lower: how many lower heights there are, `step`, 2 * `step`, ... below; each tile takes one of them.
       step: rows between two heights, a multiple of 8.
-      even: all tiles of a group have the same height, so that CTAs that share its weights keep pace.
       stages: stages of the ring of operands.
-      buffers: blocks of results that each warpgroup may have on their way to memory: 1, 2, or 4 without a gate.
       band: tiles of rows that are walked together before the next column of weights.
-      boxes: part of a tile leaves as boxes of 8 rows, and only its last rows from registers.
     """
 
     rows: int = 144
     lower: int = 0
     step: int = 16
-    even: bool = False
     stages: int = 4
-    buffers: int = 1
     band: int = 16
-    boxes: bool = False
 
     @property
     def heights(self) -> tuple[int, ...]:
@@ -71,7 +65,7 @@ class Tile:
     def chunk(self) -> int:
         """Tokens of a block of results, as many as shared memory has room for, at most half a tile."""
         left = SHARED - self.stages * (256 + self.rows) * 2 * DEPTH
-        most = left // (2 * self.buffers * 2 * BLOCK) // 8 * 8
+        most = left // (2 * 2 * BLOCK) // 8 * 8
         return min(most, -(-self.rows // 16) * 8)
 
     def chunks(self, height: int) -> list[tuple[int, int]]:
@@ -102,7 +96,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     trips = lax.div(items - sm + (sms - 1), jnp.int32(sms))
     find = functools.partial(
         find_work, schedule_ref, experts=experts, tile=tile.rows, column_tiles=column_tiles, band=tile.band,
-        lower=tile.lower, step=tile.step, even=tile.even,
+        lower=tile.lower, step=tile.step,
     )  # fmt: skip
 
     @pl.when(wg == 2)
@@ -118,36 +112,25 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
 
-        def store_tile(blocks, row, column, height, rows=None):
-            """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none.
-
-            With `rows` the first of them, in boxes of 8, and not what is left of them.
-            """
+        def store_tile(blocks, row, column, height):
+            """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
             if blocks is None:
                 zeros = jnp.full((BLOCK, height), 0.0, out_ref.dtype)
                 zeros = zeros if interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                 blocks = [zeros] * (width // BLOCK)
-            pieces = [(b, *chunk) for b in range(len(blocks)) for chunk in tile.chunks(height)]
-            for turn, (b, first, size) in enumerate(pieces):
-                # Each tile begins with the first buffer: it must be the one used longest ago.
-                assert len(pieces) % tile.buffers == 0, (len(pieces), tile.buffers)
-                buffer = turn % tile.buffers
-                plgpu.wait_smem_to_gmem(tile.buffers - 1, wait_read_only=True)
-                piece = blocks[b][:, first : first + size]
-                epilogue.transpose_into(piece, out_smem.at[wg, buffer, pl.ds(0, size)], interpret=interpret)
-                plgpu.commit_smem()
-                for at in [0] if rows is None else range(0, size, 8):
-                    length = size if rows is None else 8
+            for b, block in enumerate(blocks):
+                for first, size in tile.chunks(height):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    piece = block[:, first : first + size]
+                    epilogue.transpose_into(piece, out_smem.at[wg, pl.ds(0, size)], interpret=interpret)
+                    plgpu.commit_smem()
+                    target = out_ref.at[pl.ds(row + first, size), pl.ds(column + b * BLOCK, BLOCK)]
+                    plgpu.copy_smem_to_gmem(out_store.at[wg, pl.ds(0, size)], target)
 
-                    @pl.when(True if rows is None else rows >= first + at + 8)
-                    def _(at=at, length=length, first=first, b=b, buffer=buffer):
-                        target = out_ref.at[pl.ds(row + first + at, length), pl.ds(column + b * BLOCK, BLOCK)]
-                        plgpu.copy_smem_to_gmem(out_store.at[wg, buffer, pl.ds(at, length)], target)
-
-        def store_by_row(blocks, row, rows, column, height, begin):  # the interpreter has no masked store
+        def store_by_row(blocks, row, rows, column, height):  # the interpreter has no masked store
             for b, block in enumerate(blocks):
                 for first, length in tile.chunks(height):
-                    out_smem[wg, 0, pl.ds(0, length)] = block[:, first : first + length].T
+                    out_smem[wg, pl.ds(0, length)] = block[:, first : first + length].T
                     for size in {BLOCK, columns % BLOCK} - {0}:
                         edge = column + (b + 1) * BLOCK > columns
                         here = jnp.logical_not(edge) if size == BLOCK else edge & (column + b * BLOCK < columns)
@@ -156,11 +139,10 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
                         def _(size=size, b=b, first=first, length=length):
                             def store(r, carry):
                                 target = pl.ds(column + b * BLOCK, size)
-                                out_ref[row + first + r, target] = out_smem[wg, 0, r, pl.ds(0, size)]
+                                out_ref[row + first + r, target] = out_smem[wg, r, pl.ds(0, size)]
                                 return carry
 
-                            begin_here = jnp.maximum(begin - first, 0)
-                            lax.fori_loop(begin_here, jnp.minimum(rows - first, length), store, None)
+                            lax.fori_loop(0, jnp.minimum(rows - first, length), store, None)
 
         def matmul(work, step, height):
             column = work.column * out_columns + wg * width
@@ -206,16 +188,11 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
 
             @pl.when(jnp.logical_not(whole))
             def _():
-                begin = None
-                if tile.boxes:
-                    store_tile(values, work.row, column, height, work.rows)
-                    begin = work.rows - lax.rem(work.rows, jnp.int32(8))
                 if interpret:
-                    plgpu.wait_smem_to_gmem(0)
-                    store_by_row(values, work.row, work.rows, column, height, 0 if begin is None else begin)
+                    store_by_row(values, work.row, work.rows, column, height)
                 else:
                     for b, value in enumerate(values):
-                        epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK, begin)
+                        epilogue.store_columns(value, out_ref, work.row, work.rows, column + b * BLOCK)
 
         def item(i, step):
             work = find(sm + i * sms)
@@ -275,7 +252,7 @@ def grouped_matmul(
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),
             memory((tile.stages, 256, DEPTH)),
-            memory((2, tile.buffers, tile.chunk, BLOCK)),
+            memory((2, tile.chunk, BLOCK)),
             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         ],

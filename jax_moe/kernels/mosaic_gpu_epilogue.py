@@ -152,19 +152,18 @@ def store_rows(array, out_ref, row, rows, column) -> None:
     store(array, out_ref, row, rows, column)  # pyright: ignore[reportCallIssue]
 
 
-def store_columns(array, out_ref, row, rows, column, first=None) -> None:
-    """Writes `array` transposed: its column t becomes row `row + t` of `out_ref`, for t from `first` (0) to `rows`.
+def store_columns(array, out_ref, row, rows, column) -> None:
+    """Writes `array` transposed: its column t becomes row `row + t` of `out_ref`, for the first `rows` of them.
 
     Args:
       array: (C, n) bfloat16 or float16 in WGMMA layout, C a multiple of 64; lands in columns `column` to `column + C`.
       out_ref: (R, N) in global memory, N a multiple of 8; columns past N are left.
-      row, rows, column, first: int32 scalars.
+      row, rows, column: int32 scalars.
     """
     columns = out_ref.shape[1]
-    more = () if first is None else (first,)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), *[SPLAT] * (3 + len(more))))
-    def store(ctx, array, out_ref, row, rows, column, *first):
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), SPLAT, SPLAT, SPLAT))
+    def store(ctx, array, out_ref, row, rows, column):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
         row, rows, column = _scalar(row), _scalar(rows), _scalar(column)
@@ -177,10 +176,9 @@ def store_columns(array, out_ref, row, rows, column, first=None) -> None:
                 mgpu_utils.c(columns, i32),
             )
             for second in range(2):
-                token = arith.addi(lane_column, mgpu_utils.c(n + second, i32))
-                inside = arith.cmpi(arith.CmpIPredicate.slt, token, rows)
-                for least in first:
-                    inside = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.sge, token, _scalar(least)))
+                inside = arith.cmpi(
+                    arith.CmpIPredicate.slt, arith.addi(lane_column, mgpu_utils.c(n + second, i32)), rows
+                )
                 with mgpu_utils.when(arith.andi(exists, inside)):
                     value = vector.extract(
                         pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([second])
@@ -188,7 +186,7 @@ def store_columns(array, out_ref, row, rows, column, first=None) -> None:
                     pointer = mgpu_utils.getelementptr(base, [(n + second) * columns + r], array.mlir_dtype)
                     llvm.store(value, pointer)
 
-    store(array, out_ref, row, rows, column, *more)  # pyright: ignore[reportCallIssue]
+    store(array, out_ref, row, rows, column)  # pyright: ignore[reportCallIssue]
 
 
 def store_chosen_columns(array, out_ref, row, tokens, column) -> None:

@@ -104,24 +104,13 @@ class Work:
 
 
 def find_work(
-    schedule_ref,
-    linear,
-    *,
-    experts: int,
-    tile: int,
-    column_tiles: int,
-    band: int,
-    lower: int = 0,
-    step: int = 8,
-    even: bool = False,
+    schedule_ref, linear, *, experts: int, tile: int, column_tiles: int, band: int, lower: int = 0, step: int = 8
 ) -> Work:
     """Item number `linear` of the work list: experts, then bands of row tiles, then columns, then rows in the band.
 
     With `lower` a kernel has lower heights as well: `tile - step`, `tile - 2 * step`, ... A group's tiles share out its
-    rows: all have the same height (`even`), or some of them the next higher one. Example: 300 rows, a tile of 144 and
-    two lower heights, 16 apart: three tiles, all of 112; the last is moved back until it ends with the group. Which
-    tiles are higher goes round with the expert and the column: a CTA often gets the same one of each group, and all of
-    them have to keep pace, or they no longer find each other's operands in the L2 cache.
+    rows: all have the same height, or the first of them the next higher one. Example: 300 rows, a tile of 144 and two
+    lower heights, 16 apart: three tiles, all of 112; the last is moved back until it ends with the group.
     """
     at = lax.div(linear, jnp.int32(column_tiles)) * FIELDS
     expert, first, tiles = schedule_ref[at], schedule_ref[at + 1], schedule_ref[at + 2]
@@ -137,16 +126,10 @@ def find_work(
         least = tile - lower * step
         steps = lax.div(jnp.maximum(size - tiles * least, 0) + (step - 1), jnp.int32(step))  # above the least, in all
         steps = jnp.where(zeros, tiles * lower, steps)
-        each = lax.div(steps + (tiles - 1 if even else 0), tiles)
-        more = jnp.maximum(
-            steps - each * tiles, 0
-        )  # tiles with one step more than each: `more` of any that follow each other
-        turn = lax.rem(expert + column, tiles)
-        again = number + turn >= tiles
-        place = number + turn - jnp.where(again, tiles, 0)
-        higher = jnp.minimum(place, more) + jnp.where(again, more, 0) - jnp.minimum(turn, more)  # before this one
-        row = number * (least + each * step) + higher * step
-        kind = each + (place < more).astype(jnp.int32)
+        each = lax.div(steps, tiles)
+        more = steps - each * tiles  # tiles with one step more than each
+        row = number * (least + each * step) + jnp.minimum(number, more) * step
+        kind = each + (number < more).astype(jnp.int32)
         rows = least + kind * step
     else:
         kind, row, rows = 0, number * tile, tile

@@ -62,7 +62,7 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
         (wide, wide.Tile(rows=64, stages=2), [65, 1], 72, 272, "swigluoai", False, jnp.bfloat16),
         (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], 72, 272, "swigluoai", True, jnp.bfloat16),
         (any_height, any_height.Tile(rows=16, stages=2), [3, 17], 136, 264, None, True, jnp.float16),
-        (any_height, any_height.Tile(rows=40, buffers=2), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
+        (any_height, any_height.Tile(rows=40), [83, 1], 584, 144, "silu", False, jnp.bfloat16),
         (any_height, SEVERAL, [1, 23, 24, 25, 0, 40, 41, 47, 49, 60, 100], 72, 272, "silu", True, jnp.bfloat16),
         (any_height, SEVERAL, [7, 9, 39, 80], 72, 264, None, False, jnp.bfloat16),
         (small, small.Tile(rows=8), [9, 0, 1], 136, 144, "silu", True, jnp.float16),
