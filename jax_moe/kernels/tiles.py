@@ -55,7 +55,11 @@ TABLE: tuple[tuple[float, Choice, Choice], ...] = (
     (1.5, *_same(small.Tile(rows=8), "H100, 2026-11-24: 0.06, 1")),
     (12, *_same(small.Tile(rows=16), "H100, 2026-11-24: 2, 4")),
     (64, *_same(small.Tile(rows=32), "H100, 2026-11-24: 16, 24, 48")),
-    (180, *_same(any_height.Tile(rows=144), "H200, 2026-11-28: 128")),
+    (
+        180,
+        Choice(any_height.Tile(rows=144), "H200, 2026-11-28: 128"),
+        Choice(wide.Tile(rows=64), "H100, 2026-11-28: 128"),
+    ),
     (360, *_same(any_height.Tile(rows=144, lower=4, step=8), "H100, 2026-11-28: 256")),
     (720, Choice(any_height.Tile(rows=136), "H200, 2026-11-28: 512"), Choice(wide.Tile(), "H200, 2026-11-28: 512")),
     (float("inf"), *_same(wide.Tile(), "H200, 2026-11-28: 1024, 2048")),
