@@ -17,6 +17,7 @@ CAPABILITIES: Mapping[str, frozenset[str]] = MappingProxyType(
         "allgather": frozenset({"DP+EP", "EP+SP", "EP+SP native", "EP, SP off"}),
         "ragged": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
         "padded": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
+        "one_sided": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
     }
 )
 """The parallel modes each transport serves. With experts on one rank, where nothing moves, "local" will do too."""

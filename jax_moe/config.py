@@ -18,7 +18,7 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
 DType = Literal["bfloat16", "float16", "float32"]
 TokenLayout = Literal["dp", "dp_tp"]
-TransportName = Literal["local", "allgather", "ragged", "padded"]
+TransportName = Literal["local", "allgather", "ragged", "padded", "one_sided"]
 
 SOURCES = ("gate", "logits", "ids")
 SCORINGS = ("softmax", "sigmoid")
@@ -197,8 +197,8 @@ class ParallelConfig:
         which serves what.
       nodes: groups of dp // nodes neighbouring dp ranks that a token enters once and fans out in; node = dp_index //
         (dp // nodes). Only the transport and the names of the mesh axes depend on it.
-      capacity_factor: "padded" only. Slots from one rank to another, as a multiple of an even spread of the copies;
-        what does not fit is dropped and counted. None: room for all.
+      capacity_factor: "padded" and "one_sided" only. Slots from one rank to another, as a multiple of an even spread of
+        the copies; what does not fit is dropped and counted. None: room for all.
       max_rows: "ragged" only. Received copies a rank accepts; the rest is dropped and counted. None: all.
     """
 
@@ -249,8 +249,8 @@ class ParallelConfig:
             _fail("ParallelConfig", "nodes", self.nodes, f"a divisor of dp = {self.dp}")
         if self.capacity_factor is not None:
             _number(self, "capacity_factor")
-            if self.transport != "padded":
-                other = f"None with transport {self.transport!r}; it belongs to 'padded'"
+            if self.transport not in ("padded", "one_sided"):
+                other = f"None with transport {self.transport!r}; it belongs to 'padded' and 'one_sided'"
                 _fail("ParallelConfig", "capacity_factor", self.capacity_factor, other)
             if not 0 < self.capacity_factor < float("inf"):
                 _fail("ParallelConfig", "capacity_factor", self.capacity_factor, "a positive, finite number")

@@ -93,8 +93,8 @@ def estimate(config: MoEConfig, parallel: ParallelConfig, tokens_per_rank: int) 
       tokens_per_rank: rows each rank routes: of its DP rank's array, or of its own chunk under sequence parallelism.
 
     Returns:
-      An `Estimate`: exact for "padded" and "allgather", for "ragged" the expectation under uniform routing, before
-      `max_rows` drops anything.
+      An `Estimate`: exact for "padded", "one_sided" and "allgather", for "ragged" the expectation under uniform
+      routing, before `max_rows` drops anything.
 
     Raises:
       ValueError: a layer that cannot be spread so, or a negative number of tokens.
@@ -110,7 +110,7 @@ def estimate(config: MoEConfig, parallel: ParallelConfig, tokens_per_rank: int) 
     if tokens_per_rank < 0:
         raise ValueError(f"tokens_per_rank = {tokens_per_rank}: expected 0 or more")
     sizes = [math.prod(parallel.axis_sizes[axis] for axis in axes) for axes in layer.hop_axes(parallel)]
-    if parallel.transport in ("ragged", "padded"):
+    if parallel.transport in ("ragged", "padded", "one_sided"):
         limits = bounds.hops(
             parallel.transport,
             tokens_per_rank,

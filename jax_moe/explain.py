@@ -126,6 +126,7 @@ def _transport(parallel: ParallelConfig) -> str:
     else:
         slots = f"; slots for {parallel.capacity_factor:g} times an even spread" if parallel.capacity_factor else ""
         text += ", in slots for each pair of ranks" + slots
+        text += ", stored there by the sender's kernel" if parallel.transport == "one_sided" else ""
     return text + "; one row back for each, summed in order of rank"
 
 

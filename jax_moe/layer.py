@@ -36,6 +36,7 @@ _TRANSPORTS = {
     "allgather": transport.allgather,
     "ragged": transport.ragged,
     "padded": transport.padded,
+    "one_sided": transport.one_sided,
 }
 
 
@@ -430,7 +431,7 @@ def transport_options(parallel: ParallelConfig) -> dict[str, Any]:
     """What the transport's `dispatch` wants to know of the mesh."""
     if parallel.transport == "ragged":
         return {"hops": hop_axes(parallel), "max_rows": parallel.max_rows}
-    if parallel.transport == "padded":
+    if parallel.transport in ("padded", "one_sided"):
         return {"hops": hop_axes(parallel), "capacity_factor": parallel.capacity_factor}
     return {"axes": gathered_axes(parallel)}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 FORMATS = ("bf16", "f32")
-TRANSPORTS = ("local", "allgather", "ragged", "padded")
+TRANSPORTS = ("local", "allgather", "ragged", "padded", "one_sided")
 MODES = ("single", "DP", "TP", "DP+TP", "DP+EP", "EP+SP", "EP+SP native", "EP, SP off")
 """Every parallel mode, as `Case.mode` prints it."""
 CAPABILITIES = {
@@ -25,12 +25,15 @@ CAPABILITIES = {
     "allgather": frozenset({"DP+EP", "EP+SP", "EP+SP native", "EP, SP off"}),
     "ragged": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
     "padded": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
+    "one_sided": frozenset({"DP+EP", "EP+SP", "EP+SP native"}),
 }
 """Which transport serves which parallel mode; each package has the same table."""
 CARRIES = dict.fromkeys(TRANSPORTS, frozenset(FORMATS))
 """Which formats each transport carries; likewise."""
 ACROSS_NODES = frozenset({"ragged", "padded"})
 """Transports that can cross nodes first and fan out inside."""
+SLOTTED = ("padded", "one_sided")
+"""Transports with fixed slots for each pair of ranks."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 SHAPE = "parallel/transport/format/sizes/routing[/flags]"
 EXAMPLE = "dp2.tp2.ep/allgather/bf16/t222.d2048.f1024/e64.k6/shared+gate"
@@ -52,7 +55,7 @@ FLAGS = {
     "interleaved": "gate and up rows interleaved (else concatenated)",
     "alphaX, limitX": "swigluoai's alpha and limit",
     "expertbias": "biases in the experts",
-    "capacityX": "padded: room for X times the tokens of an even spread (else for all)",
+    "capacityX": "padded, one_sided: room for X times the tokens of an even spread (else for all)",
     "maxrowsN": "ragged: a rank accepts N rows (else all)",
     "mean": "inputs and weights with a non-zero mean",
     "hot": "every token to the same experts",
@@ -409,8 +412,8 @@ def _validate(case: Case) -> None:
         raise CaseError(f"{case.nodes} nodes do not divide {case.dp} DP ranks; use a divisor")
     if case.nodes > 1 and case.transport not in ACROSS_NODES:
         raise CaseError(f"transport {case.transport!r} knows no nodes; allowed: {', '.join(sorted(ACROSS_NODES))}")
-    if f.capacity and case.transport != "padded":
-        raise CaseError(f"flag 'capacityX' belongs to transport 'padded', not to {case.transport!r}")
+    if f.capacity and case.transport not in SLOTTED:
+        raise CaseError(f"flag 'capacityX' belongs to transports {', '.join(SLOTTED)}, not to {case.transport!r}")
     if f.maxrows and case.transport != "ragged":
         raise CaseError(f"flag 'maxrowsN' belongs to transport 'ragged', not to {case.transport!r}")
     if case.experts % case.ep_size:

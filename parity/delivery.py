@@ -3,9 +3,9 @@
 The two packages must deliver exactly this. The rules:
 
 - `allgather` brings every token to every rank.
-- `ragged` and `padded` bring a token once to each rank that holds any of its experts. Copies arrive by source rank,
+- `ragged`, `padded` and `one_sided` bring a token once to each rank that holds any of its experts. Copies arrive by source rank,
   then in the source's order.
-- `padded` has slots for each pair of ranks: as many as the source has rows, or with a capacity factor c
+- `padded` and `one_sided` have slots for each pair of ranks: as many as the source has rows, or with a capacity factor c
   ceil(c * rows * K / ranks) of them. The first copies in the source's order take the slots; the others are dropped and
   the source counts them.
 - `max_rows` caps what a rank accepts of `ragged` copies: the first ones as they arrive; the receiver counts the rest.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.case import Case
+from parity.case import SLOTTED, Case
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Delivery:
     live: np.ndarray
     """(n, K) which of the copy's choices are this rank's experts."""
     dropped: int
-    """Copies this rank dropped: those it could not send (padded), or did not accept (ragged)."""
+    """Copies this rank dropped: those it could not send (slots), or did not accept (ragged)."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _hop(
                 buffer = buffers[source]
                 wanted = buffer.live & (owner[buffer.tokens] == place) & (buffer.tokens[:, None] >= 0)
                 copies = np.flatnonzero(wanted.any(axis=1))
-                if case.transport == "padded":
+                if case.transport in SLOTTED:
                     dropped[source] += max(0, len(copies) - slots)
                     copies = copies[:slots]
                     empty = slots - len(copies)

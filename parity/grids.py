@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from parity.case import ACROSS_NODES, Case, CaseError
+from parity.case import ACROSS_NODES, SLOTTED, Case, CaseError
 
 PRODUCT_KEYS = ("parallel", "transport", "format", "sizes", "routing", "flags")
 OPTIONAL_KEYS: dict[str, tuple] = {"flags": ("",), "transport": (None,)}
@@ -72,6 +72,7 @@ def _smoke() -> list[Case]:
         "dp4.tp1.ep/padded/bf16/t9.d64.f48/e8.k2/hot+capacity0.5",
         "dp4.tp1.ep/ragged/bf16/t9.d64.f48/e8.k2/hot+maxrows10",
         "dp2.tp1.ep/ragged/bf16/t1.d64.f48/e2.k2/weightin+sigmoid+gate",
+        "dp2.tp1.ep/one_sided/bf16/t5-0.d64.f48/e8.k2/gate+shared+latent",
         # One flag after another, on the modes that could get it wrong.
         "dp2.tp2.ep/allgather/bf16/t6.d64.f48/e8.k3/gate+sigmoid+renorm+scale2.5",
         "dp2.tp2.ep/allgather/bf16/t6.d64.f48/e8.k3/ids",
@@ -100,7 +101,7 @@ def _vllm() -> list[Case]:
     """The grid of vLLM's MoE layer test: its shapes, experts, top-k, layer options and parallel modes, in bf16.
 
     The other transports that serve a mode take their part with all layer options off and with all of them on. Modes
-    which that test leaves out follow at its middle shape.
+    which that test leaves out follow at its middle shape, and so does `one_sided`.
     """
     shapes = ("t1.d256.f128", "t32.d512.f512", "t222.d2048.f1024")
     flags = ("", "gate", "shared", "shared+latent", "shared+gate", "shared+gate+latent")
@@ -112,6 +113,7 @@ def _vllm() -> list[Case]:
         ("local",): ("dp2.tp1", "dp2.tp2"),
         ("allgather",): ("dp2.tp2.ep.nosp",),
         ("allgather", "ragged", "padded"): ("dp2.tp2.ep.native",),
+        ("one_sided",): (*crossing, "dp2.tp2.ep.native"),
     }
 
     def cases(modes: Mapping, sizes: Sequence[str], routing: Sequence[str], flags: Sequence[str]) -> list[Case]:
@@ -149,11 +151,13 @@ def _transports() -> list[Case]:
             ("t7", f"e{ranks}.k1", "hot"),
             ("t7", f"e{2 * ranks}.k2", f"gate+sigmoid+bias+groups{ranks}-{max(1, ranks // 2)}"),
         ]
-        for transport in ("allgather", "ragged", "padded"):
+        for transport in ("allgather", "ragged", "padded", "one_sided"):
             if ".nodes" in mesh and transport not in ACROSS_NODES:
                 continue
-            drops = {"ragged": "hot+maxrows5", "padded": "hot+capacity0.6"}.get(transport)
-            for tokens, routing, flags in [*scenarios, *([("t7", f"e{2 * ranks}.k2", drops)] if drops else [])]:
+            slots = dict.fromkeys(SLOTTED, "hot+capacity0.6")
+            drops = {"ragged": "hot+maxrows5", **slots}.get(transport)
+            chosen = scenarios[:1] if transport == "one_sided" else scenarios  # what it delivers is what padded does
+            for tokens, routing, flags in [*chosen, *([("t7", f"e{2 * ranks}.k2", drops)] if drops else [])]:
                 text = f"{mesh}/{transport}/bf16/{tokens}.d64.f48/{routing}"
                 out.append(Case.parse(text + (f"/{flags}" if flags else "")))
     return out

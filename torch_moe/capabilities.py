@@ -13,15 +13,16 @@ CAPABILITIES: Mapping[str, frozenset[str]] = {
     "allgather": _RANKS_DIFFER | {"EP, SP off"},
     "ragged": _RANKS_DIFFER,
     "padded": _RANKS_DIFFER,
+    "one_sided": _RANKS_DIFFER,
 }
-"""The parallel modes each transport serves. `ragged` and `padded` send every rank's tokens as its own, so tp ranks that
+"""The parallel modes each transport serves. All but the first two send every rank's tokens as its own, so tp ranks that
 hold the same tokens (SP off) would send them tp times. On one rank `local` also serves expert parallelism."""
 
 ACROSS_NODES = frozenset({"ragged", "padded"})
 """Transports that can cross nodes first and fan out inside (nodes > 1)."""
 
 TRANSPORT_DTYPES: Mapping[str, frozenset[str]] = {
-    name: frozenset({"bfloat16", "float32"}) for name in ("local", "allgather", "ragged", "padded")
+    name: frozenset({"bfloat16", "float32"}) for name in CAPABILITIES
 }
 """The layer's dtypes each transport carries."""
 

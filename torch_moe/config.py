@@ -17,7 +17,7 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
 GateUpLayout = Literal["concatenated", "interleaved"]
 DtypeName = Literal["bfloat16", "float32"]
 TokenLayout = Literal["dp", "dp_tp"]
-TransportName = Literal["local", "allgather", "ragged", "padded"]
+TransportName = Literal["local", "allgather", "ragged", "padded", "one_sided"]
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")
 UNGATED_ACTIVATIONS = ("silu", "gelu", "relu2")
@@ -199,8 +199,8 @@ class ParallelConfig:
             when ep > 1 and "local" otherwise. After construction the field holds the resolved value.
         nodes: for "ragged" and "padded": groups of dp / nodes * tp ranks that a token enters once and fans out in. With
             more than one the mesh has axes ("node", "local", "tp"); ranks keep their order.
-        capacity_factor: "padded" only: slots for so many times the copies of an even spread; what finds no slot is
-            dropped. None: slots for all.
+        capacity_factor: "padded" and "one_sided" only: slots for so many times the copies of an even spread; what
+            finds no slot is dropped. None: slots for all.
         max_rows: "ragged" only: token copies a rank accepts; later ones are dropped. None: all.
     """
 
@@ -253,11 +253,12 @@ class ParallelConfig:
             )
         if self.dp % self.nodes:
             raise ValueError(f"nodes={self.nodes}: allowed are divisors of dp={self.dp}")
-        for field, owner in (("capacity_factor", "padded"), ("max_rows", "ragged")):
+        for field, owners in (("capacity_factor", ("padded", "one_sided")), ("max_rows", ("ragged",))):
             value = getattr(self, field)
-            if value is not None and name != owner:
+            if value is not None and name not in owners:
+                allowed = " or ".join(map(repr, owners))
                 raise ValueError(
-                    f"{field}={value!r} with transport={name!r} in mode {self.mode!r}: allowed is transport={owner!r}"
+                    f"{field}={value!r} with transport={name!r} in mode {self.mode!r}: allowed is transport={allowed}"
                 )
         if self.capacity_factor is not None:
             _finite(self, "capacity_factor", positive=True)

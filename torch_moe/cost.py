@@ -63,7 +63,7 @@ def estimate(config: MoEConfig, parallel: ParallelConfig, tokens_per_rank: int) 
         tokens_per_rank: rows each rank routes, the same on all: its chunk under sequence parallelism.
 
     Returns:
-        an `Estimate`: exact for allgather and padded, the expectation under uniform routing for ragged. With `max_rows`
+        an `Estimate`: exact for all but ragged, the expectation under uniform routing for that. With `max_rows`
         the expectation is cut off there, which is an upper bound.
 
     Raises:
@@ -139,7 +139,7 @@ def _hops(config: MoEConfig, parallel: ParallelConfig, tokens: int) -> list[_Hop
         levels.insert(0, (parallel.nodes, local * per_node))
     hops, held, arriving, accepted = [], tokens, float(tokens), 1.0
     for ranks, block in levels:
-        if parallel.transport == "padded":
+        if parallel.transport in ("padded", "one_sided"):
             copies = bounds.slots(held, top_k=config.top_k, ranks=ranks, capacity_factor=parallel.capacity_factor)
             held = ranks * copies
             hops.append(_even(ranks, copies, sizes=0, moves=copies > 0))

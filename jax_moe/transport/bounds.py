@@ -9,7 +9,7 @@ routing can exceed it. "ragged" sends exactly what there is, and S and R only bo
   S = n * min(K, N)     a token has K experts, on at most min(K, N) ranks
   R = N * n             or `max_rows`, if that is less
 
-"padded" sends all of C slots to each rank, filled or not:
+"padded" and "one_sided" send all of C slots to each rank, filled or not:
 
   C = n                 dropless; or min(n, ceil(capacity_factor * n * K / N)), at least 1
   S = R = N * C
@@ -70,10 +70,10 @@ def hops(
     capacity_factor: float | None = None,
     max_rows: int | None = None,
 ) -> list[HopBounds]:
-    """Bounds of every hop of a "ragged" or "padded" dispatch, in order.
+    """Bounds of every hop of a "ragged", "padded" or "one_sided" dispatch, in order.
 
     Args:
-      transport: "ragged" or "padded".
+      transport: "ragged", "padded" or "one_sided".
       rows: n of the first hop.
       top_k: K.
       ranks: N of each hop.

@@ -34,9 +34,9 @@ from jax_moe.transport.copies import Copies, Targets
 class Lane(Protocol):
     """See `lanes`."""
 
-    def there(self, rows: Array) -> Array: ...
+    def there(self, tree: Any) -> Any: ...
 
-    def back(self, rows: Array) -> Array: ...
+    def back(self, tree: Any) -> Any: ...
 
 
 OpenLane = Callable[[Targets, tuple[str, ...]], tuple[Copies, Lane, Array]]
@@ -78,12 +78,12 @@ class HopsHandle:
 
 def send(tree: Any, hop: Hop, implementation: str | None = None) -> Any:
     """Moves each array (n, ...) of a pytree by one hop: (received rows, ...), zeros in rows that hold nothing."""
-    return jax.tree.map(hop.lane.there, copies.spread(tree, hop.copies, implementation))
+    return hop.lane.there(copies.spread(tree, hop.copies, implementation))
 
 
 def back(tree: Any, hop: Hop, implementation: str | None = None) -> Any:
     """Brings each array (received rows, W) float32 of a pytree home and sums it by token: (n, W) float32."""
-    return copies.collect(jax.tree.map(hop.lane.back, tree), hop.copies, implementation)
+    return copies.collect(hop.lane.back(tree), hop.copies, implementation)
 
 
 def carry(tree: Any, handle: HopsHandle) -> Any:
@@ -94,6 +94,7 @@ def carry(tree: Any, handle: HopsHandle) -> Any:
 
 
 def open_hop(
+    x_nW: Any,
     ids_nK: Int32[Array, "n K"],
     weights_nK: Float32[Array, "n K"],
     *,
@@ -103,10 +104,11 @@ def open_hop(
     nobody: int,
     open_lane: OpenLane,
     implementation: str | None = None,
-) -> tuple[Hop, Int32[Array, "r K"], Float32[Array, "r K"], Int32[Array, ""]]:
-    """Decides where rows go by one hop, and brings their routing there.
+) -> tuple[Hop, Any, Int32[Array, "r K"], Float32[Array, "r K"], Int32[Array, ""]]:
+    """Decides where rows go by one hop, and brings them and their routing there.
 
     Args:
+      x_nW: (n, W) each of a pytree.
       ids_nK, weights_nK: (n, K) routing of each row.
       axes: mesh axes of the hop that have more than one rank.
       ranks: N.
@@ -116,8 +118,8 @@ def open_hop(
       implementation: of the kernels.
 
     Returns:
-      The hop; ids (r, K) and weights (r, K) of the rows received, ids `nobody` where an expert is not beyond this rank
-      or the row holds nothing; the number of copies dropped.
+      The hop; the rows received, (r, W), their ids (r, K) and weights (r, K), ids `nobody` where an expert is not
+      beyond this rank or the row holds nothing; the number of copies dropped.
     """
     owner_nK = jnp.where(ids_nK == nobody, ranks, owner(ids_nK))
     places, lane, dropped = open_lane(copies.find_targets(owner_nK, ranks), axes)
@@ -125,11 +127,12 @@ def open_hop(
     # Ids ride along with the weights, so that there is one small array to move; float32 holds them exactly to 2^24.
     # They count from one here, since rows that hold nothing are zeros.
     routing_n2K = jnp.concatenate([(ids_nK + 1).astype(jnp.float32), weights_nK], axis=1)
-    ids_rK, weights_rK = jnp.split(send(routing_n2K, hop, implementation), 2, axis=1)
+    routing_r2K, x_rW = send((routing_n2K, x_nW), hop, implementation)
+    ids_rK, weights_rK = jnp.split(routing_r2K, 2, axis=1)
     ids_rK = ids_rK.astype(jnp.int32) - 1
     me = jax.lax.axis_index(axes) if axes else 0
     here_rK = (ids_rK >= 0) & (ids_rK != nobody) & (owner(ids_rK) == me)
-    return hop, jnp.where(here_rK, ids_rK, nobody), weights_rK, dropped
+    return hop, x_rW, jnp.where(here_rK, ids_rK, nobody), weights_rK, dropped
 
 
 def dispatch(
@@ -158,7 +161,8 @@ def dispatch(
     for axes, ranks in zip(hops, sizes, strict=True):
         # Experts beyond one rank of this hop are a block of the experts beyond one rank of the hop before.
         within, beyond = beyond, beyond // ranks
-        hop, ids_nK, weights_nK, lost = open_hop(
+        hop, x_tW, ids_nK, weights_nK, lost = open_hop(
+            x_tW,
             ids_nK,
             weights_nK,
             axes=axes,
@@ -170,7 +174,6 @@ def dispatch(
         )
         opened.append(hop)
         dropped += lost
-        x_tW = send(x_tW, hop, implementation)
     plan = plans.make_plan(
         ids_nK, first_expert=first_expert, num_local_experts=num_local_experts, implementation=implementation
     )

@@ -4,7 +4,8 @@ Shape suffixes: N ranks of the hop, S rows of the send buffer, R rows of the rec
 
 A lane is a pair of maps over the ranks, `there` (S, ...) to (R, ...) and `back` (R, ...) to (S, ...), each the
 transpose of the other, so that each is the other's gradient. `Slots` exchanges equal blocks, `Segments` exactly as many
-rows as there are. Without axes the hop is within one rank: the same code, and nothing crosses.
+rows as there are, `Puts` the equal blocks of `Slots` by a kernel of this package. All take trees of arrays. Without
+axes the hop is within one rank: the same code, and nothing crosses.
 """
 
 from __future__ import annotations
@@ -32,12 +33,68 @@ class Slots:
 
     axes: Axes
 
-    def there(self, rows: Array) -> Array:
+    def there(self, tree: Any) -> Any:
         """(N * C, ...) to (N * C, ...)."""
-        return jax.lax.all_to_all(rows, self.axes, 0, 0, tiled=True) if self.axes else rows
+        if not self.axes:
+            return tree
+        return jax.tree.map(lambda rows: jax.lax.all_to_all(rows, self.axes, 0, 0, tiled=True), tree)
 
     # Blocks go back where they came from.
     back = there
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["axes"])
+@dataclasses.dataclass(frozen=True)
+class Puts:
+    """As `Slots`, moved by ranks that store into each other's memory: one kernel for all arrays of a tree."""
+
+    axes: Axes
+
+    def there(self, tree: Any) -> Any:
+        """(N * C, ...) to (N * C, ...)."""
+        leaves, treedef = jax.tree.flatten(tree)
+        moving = [i for i, x in enumerate(leaves) if x.size and self.axes]
+        if moving:
+            for i, y in zip(moving, _put(self.axes, tuple(leaves[i] for i in moving)), strict=True):
+                leaves[i] = y
+        return jax.tree.unflatten(treedef, leaves)
+
+    back = there
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _put(axes: Axes, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Equal blocks to all ranks. Each came from where it would go, so the exchange is its own gradient."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays: Array) -> tuple[Array, ...]:
+        from jax_moe.kernels import mosaic_gpu_put
+
+        return mosaic_gpu_put.put_blocks(arrays, axes=axes)
+
+    @run.def_vmap
+    def batched(size: int, is_batched: list[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        # A batch is one more dimension of each row.
+        pairs = zip(arrays, is_batched, strict=True)
+        rows = [jnp.moveaxis(x, 0, 1) if many else jnp.stack([x] * size, 1) for x, many in pairs]
+        return tuple(jnp.moveaxis(y, 1, 0) for y in run(*rows)), (True,) * len(arrays)
+
+    return tuple(run(*arrays))
+
+
+def _put_forward(axes: Axes, arrays: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+    return _put(axes, arrays), None
+
+
+def _put_backward(axes: Axes, _: None, gradients: tuple[Array, ...]) -> tuple[tuple[Array, ...]]:
+    moving = [i for i, g in enumerate(gradients) if g.dtype != jax.dtypes.float0]
+    back = list(gradients)
+    for i, g in zip(moving, _put(axes, tuple(gradients[i] for i in moving)), strict=True):
+        back[i] = g
+    return (tuple(back),)
+
+
+_put.defvjp(_put_forward, _put_backward)
 
 
 @jax.tree_util.register_dataclass
@@ -85,13 +142,13 @@ class Segments:
     receive: int
     pair: int
 
-    def there(self, rows: Array) -> Array:
+    def there(self, tree: Any) -> Any:
         """(S, ...) to (R, ...), zeros past the last."""
-        return self._move(rows, self.sending, self.receiving, self.receive)
+        return jax.tree.map(lambda rows: self._move(rows, self.sending, self.receiving, self.receive), tree)
 
-    def back(self, rows: Array) -> Array:
+    def back(self, tree: Any) -> Any:
         """(R, ...) to (S, ...), zeros in places that were not sent."""
-        return self._move(rows, self.receiving, self.sending, self.send)
+        return jax.tree.map(lambda rows: self._move(rows, self.receiving, self.sending, self.send), tree)
 
     def _move(self, rows: Array, out: End, into: End, num_rows: int) -> Array:
         if not jnp.issubdtype(rows.dtype, jnp.floating):

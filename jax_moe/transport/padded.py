@@ -8,6 +8,7 @@ counts them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,16 +30,20 @@ def dispatch(
     num_local_experts: int,
     weight_on_input: bool = False,
     implementation: str | None = None,
+    lane: Callable[[tuple[str, ...]], by_hops.Lane] = lanes.Slots,
 ) -> tuple[Any, by_hops.HopsHandle]:
-    """See `base.Transport.dispatch`; `hops` are the mesh axes of each hop, `capacity_factor` is `ParallelConfig`'s."""
+    """See `base.Transport.dispatch`; `hops` are the mesh axes of each hop, `capacity_factor` is `ParallelConfig`'s.
 
-    def open_lane(targets: Targets, axes: tuple[str, ...]) -> tuple[Copies, lanes.Slots, Array]:
+    `lane` moves the slots over the axes of a hop.
+    """
+
+    def open_lane(targets: Targets, axes: tuple[str, ...]) -> tuple[Copies, by_hops.Lane, Array]:
         ranks = targets.sizes_N.shape[0]
         limit = bounds.padded(targets.target_nm.shape[0], topk_ids_tK.shape[1], ranks, capacity_factor)
         first_N = jnp.arange(ranks, dtype=jnp.int32) * limit.pair
         room_N = jnp.full((ranks,), limit.pair, jnp.int32)
         dropped = jnp.sum(jnp.maximum(targets.sizes_N - limit.pair, 0))
-        return copies.lay_out(targets, first_N, room_N, limit.send), lanes.Slots(axes), dropped
+        return copies.lay_out(targets, first_N, room_N, limit.send), lane(axes), dropped
 
     return by_hops.dispatch(
         x_tW,

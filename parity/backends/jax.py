@@ -49,6 +49,15 @@ class JaxBackend(Backend):
     blame_layer = True
     collective_frames = ("jax/_src/distributed.py",)
 
+    def unsupported(self, case: Case) -> str | None:
+        reason = super().unsupported(case)
+        if reason is None and case.transport == "one_sided" and case.world > 1:
+            if self.options.platform != "gpu":
+                return "its transport 'one_sided' stores into the memory of GPUs; they are there with --platform gpu"
+            if self.processes(case) > 1:
+                return "its transport 'one_sided' takes one process over all GPUs"
+        return reason
+
     def processes(self, case: Case) -> int:
         # a process drives each of its GPUs as one rank, so ranks that share one are a process each
         return case.world if self.options.jax_processes or self.options.ranks_per_gpu > 1 else 1

@@ -11,6 +11,7 @@ TRANSPORTS = {
     "allgather": "allgather: every token to every rank, sums scattered back",
     "ragged": "ragged: each token once to each rank that needs it, exact sizes",
     "padded": "padded: each token once to each rank that needs it, in fixed slots",
+    "one_sided": "one_sided: as padded, stored by ranks into each other's memory",
 }
 MODES = {
     "single": "one rank",

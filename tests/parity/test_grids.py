@@ -29,10 +29,10 @@ def test_smoke_has_uneven_and_empty_ranks_in_every_transport():
 
 def test_vllm_grid_is_the_product_it_says():
     cases = grids.load("vllm")
-    assert len(cases) == 6 * 72 + 2 * 3 * 24 + 6 * 2 * 2
+    assert len(cases) == 6 * 72 + 2 * 3 * 24 + 6 * 2 * 2 + 4 * 2 * 2
     cells = {(transport, mode) for transport, modes in CAPABILITIES.items() for mode in modes}
     assert {(case.transport, case.mode) for case in cases} == cells
-    assert {case.transport for case in cases if case.ep} == {"allgather", "ragged", "padded"}
+    assert {case.transport for case in cases if case.ep} == {"allgather", "ragged", "padded", "one_sided"}
     assert {(case.tokens[0], case.intermediate, case.hidden) for case in cases} == {
         (1, 128, 256), (32, 512, 512), (222, 1024, 2048),
     }  # fmt: skip
@@ -52,7 +52,8 @@ def test_transports_grid_has_every_transport_on_every_kind_of_mesh():
         assert any(case.flags.hot for case in mine)
         assert any(case.total_tokens == 1 for case in mine)
     assert {case.transport for case in cases if case.nodes > 1} == {"ragged", "padded"}
-    assert {case.transport for case in cases if case.drops} == {"ragged", "padded"}
+    assert {case.transport for case in cases if case.drops} == {"ragged", "padded", "one_sided"}
+    assert {case.world for case in cases if case.transport == "one_sided"} == {2, 3, 4, 8}
 
 
 @pytest.mark.parametrize("name", ["smoke", "vllm", "transports", "huggingface"])

@@ -26,7 +26,7 @@ MODES = {"single": {}, **FOUR_RANKS}
 
 
 def test_the_table_knows_every_transport_and_mode():
-    assert set(CAPABILITIES) == set(TRANSPORT_DTYPES) == {"local", "allgather", "ragged", "padded"}
+    assert set(CAPABILITIES) == set(TRANSPORT_DTYPES) == {"local", "allgather", "ragged", "padded", "one_sided"}
     assert set().union(*CAPABILITIES.values()) == set(MODES)
     assert set(CAPABILITIES) > ACROSS_NODES
     for mode, fields in MODES.items():

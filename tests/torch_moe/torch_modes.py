@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch_dense as dense
 
-from torch_moe import MoE, ParallelConfig, make_mesh
+from torch_moe import ACROSS_NODES, MoE, ParallelConfig, make_mesh
 
 MODES = {
     "dp4": ParallelConfig(dp=4),
@@ -26,11 +26,11 @@ MODES = {
 TRANSPORTS = {
     f"{mode}{across}/{transport}": dataclasses.replace(MODES[mode], transport=transport, nodes=nodes)
     for mode in ("dp4.ep", "dp2.tp2.ep", "dp2.tp2.ep.native", "tp4.ep.sp")
-    for transport in ("ragged", "padded")
+    for transport in ("ragged", "padded", "one_sided")
     for across, nodes in (("", 1), (".nodes2", 2))
-    if MODES[mode].dp % nodes == 0
+    if MODES[mode].dp % nodes == 0 and (nodes == 1 or transport in ACROSS_NODES)
 }
-"""Every mode that ragged and padded serve, on one node and on two."""
+"""Every mode that transports of copies serve, on one node and on two."""
 
 
 def holders(parallel: ParallelConfig) -> int:
