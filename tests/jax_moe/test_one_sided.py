@@ -159,6 +159,22 @@ def test_under_vmap_a_batch_is_wider_rows(moved):
     assert moved[-1] == [(4, 3, 2), (4, 3, 2)]
 
 
+def test_a_batch_of_gradients_of_what_is_not_batched(moved):
+    x, g = np.arange(12.0, dtype=np.float32).reshape(4, 3), np.arange(24.0, dtype=np.float32).reshape(4, 2, 3)
+
+    def gradients(lane):
+        def loss(x, g):
+            return jnp.sum(lane.there((x, g))[0] ** 2 * lane.back((g, x[:, 0]))[0])
+
+        def batched(x, g):
+            return jnp.sum(jax.vmap(loss, (None, 1))(x, g))
+
+        each = jax.vmap(jax.grad(loss), (None, 1), 1)
+        return jax.jit(spmd(lambda x, g: (each(x, g), jax.grad(batched)(x, g)), mesh_of((2,))))(x, g)
+
+    jax.tree.map(np.testing.assert_array_equal, gradients(lanes.Puts(("dp",))), gradients(lanes.Slots(("dp",))))
+
+
 def cuda(function, mesh, *operands, kind="H100"):
     """The program of `function` over abstract devices of that kind."""
     with card(CARDS[kind], mesh):
