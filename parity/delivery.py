@@ -3,11 +3,11 @@
 The two packages must deliver exactly this. The rules:
 
 - `allgather` brings every token to every rank.
-- `ragged`, `padded` and `one_sided` bring a token once to each rank that holds any of its experts. Copies arrive by source rank,
-  then in the source's order.
-- `padded` and `one_sided` have slots for each pair of ranks: as many as the source has rows, or with a capacity factor c
-  ceil(c * rows * K / ranks) of them. The first copies in the source's order take the slots; the others are dropped and
-  the source counts them.
+- `ragged`, `padded` and `one_sided` bring a token once to each rank that holds any of its experts. Copies arrive by
+  source rank, then in the source's order.
+- `padded` and `one_sided` have slots for each pair of ranks: as many as the source has rows, or with a capacity factor
+  c ceil(c * rows * K / ranks) of them. The first copies in the source's order take the slots; the others are dropped
+  and the source counts them.
 - `max_rows` caps what a rank accepts of `ragged` copies: the first ones as they arrive; the receiver counts the rest.
 - With nodes there are two such hops: to the rank with the same place on each node that holds any of the token's
   experts, and from there within the node.

@@ -21,9 +21,7 @@ hold the same tokens (SP off) would send them tp times. On one rank `local` also
 ACROSS_NODES = frozenset({"ragged", "padded"})
 """Transports that can cross nodes first and fan out inside (nodes > 1)."""
 
-TRANSPORT_DTYPES: Mapping[str, frozenset[str]] = {
-    name: frozenset({"bfloat16", "float32"}) for name in CAPABILITIES
-}
+TRANSPORT_DTYPES: Mapping[str, frozenset[str]] = {name: frozenset({"bfloat16", "float32"}) for name in CAPABILITIES}
 """The layer's dtypes each transport carries."""
 
 
