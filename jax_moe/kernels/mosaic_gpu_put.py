@@ -121,6 +121,16 @@ def _units(size: int) -> tuple[int, int]:
     return size // width, width
 
 
+def _rounds(units: int, stride: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Two loops of `stride` threads over all pieces: where they start and stop, and how many pieces a turn is.
+
+    Thread i begins with piece start + i, takes every `stride`th piece of a turn, and skips to the next turn.
+    """
+    number = min(IN_FLIGHT, max(1, units // stride))
+    whole = units // (stride * number) * stride * number
+    return (0, whole, number), (whole, units, 1)
+
+
 def _copy(source, target, grid: int) -> None:
     """The threads of the whole grid copy `source` to `target`, both contiguous and of one shape."""
     size = math.prod(source.shape) * source.dtype.itemsize
@@ -136,8 +146,6 @@ def _copy(source, target, grid: int) -> None:
         pointers = [llvm.addrspacecast(llvm.PointerType.get(1), mgpu_utils.memref_ptr(ref)) for ref in (source, target)]
         thread = arith.addi(arith.muli(gpu.block_id(gpu.Dimension.x), c(THREADS)), gpu.thread_id(gpu.Dimension.x))
         stride = grid * THREADS
-        together = min(IN_FLIGHT, max(1, units // stride))
-        whole = units // (stride * together) * stride * together
 
         def move(first, number: int):
             at = [arith.muli(arith.addi(first, c(u * stride)), c(width)) for u in range(number)]
@@ -146,13 +154,10 @@ def _copy(source, target, grid: int) -> None:
             for a, value in zip(at, pieces, strict=True):
                 llvm.store(value, mgpu_utils.getelementptr(pointers[1], [a], i8), alignment=width)
 
-        def loop(start, stop: int, number: int):
-            body = scf.ForOp(start, c(stop), c(stride * number))
+        for start, stop, number in _rounds(units, stride):
+            body = scf.ForOp(arith.addi(thread, c(start)), c(stop), c(stride * number))
             with ir.InsertionPoint(body.body):
                 move(body.induction_variable, number)
                 scf.yield_([])
-
-        loop(thread, whole, together)
-        loop(arith.addi(thread, c(whole)), units, 1)
 
     copy(source, target)  # pyright: ignore[reportCallIssue]

@@ -1,12 +1,15 @@
 """`one_sided` around its kernel: on CPU, where that cannot run, the same blocks are moved by an `all_to_all` of XLA."""
 
 import functools
+import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import core as mosaic
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -175,6 +178,22 @@ def test_a_batch_of_gradients_of_what_is_not_batched(moved):
     jax.tree.map(np.testing.assert_array_equal, gradients(lanes.Puts(("dp",))), gradients(lanes.Slots(("dp",))))
 
 
+@pytest.mark.parametrize("stride", [128, 384])
+def test_the_threads_take_every_piece_once(stride):
+    for units in (1, 127, 128, 129, 511, 512, 1024, 1025, 128 * 8 + 1, 128 * 17 - 1, 384 * 24 + 5):
+        taken = np.zeros(units, int)
+        for start, stop, number in put._rounds(units, stride):
+            for thread in range(stride):
+                for first in range(start + thread, stop, stride * number):
+                    taken[first : first + number * stride : stride] += 1
+        assert (taken == 1).all(), units
+
+
+@pytest.mark.parametrize(("size", "units"), [(4096, (256, 16)), (24, (3, 8)), (12, (3, 4)), (30, (15, 2)), (7, (7, 1))])
+def test_pieces_are_as_wide_as_divides_a_block(size, units):
+    assert put._units(size) == units
+
+
 def cuda(function, mesh, *operands, kind="H100"):
     """The program of `function` over abstract devices of that kind."""
     with card(CARDS[kind], mesh):
@@ -193,6 +212,35 @@ def test_for_a_gpu_dispatch_is_one_kernel_and_combine_another_and_there_is_no_co
     assert text.count("uses_xla_collective_metadata = true") == 4
     for word in ("all_to_all", "all_gather", "all_reduce", "reduce_scatter", "collective_permute"):
         assert word not in text
+
+
+@names_peers
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_kernel_stores_then_signals_each_peer_and_then_waits_for_all(monkeypatch, sizes):
+    monkeypatch.setattr(choice, "capability", lambda: "9.0")
+    modules, serialize = [], mosaic._run_serde_pass
+
+    def seen(module, **options):
+        modules.append(str(module))
+        return serialize(module, **options)
+
+    monkeypatch.setattr(mosaic, "_run_serde_pass", seen)
+    mesh = mesh_of(SIZES[sizes])
+    both = (
+        jax.ShapeDtypeStruct((mesh.size**2 * 64, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((mesh.size**2, 6), jnp.int32),
+    )
+    cuda(lambda *arrays: put.put_blocks(arrays, axes=mesh.axis_names), mesh, *both)
+    (text,) = modules
+    words = "llvm.store|bar.sync|red.release.sys.global.add|atom.relaxed.sys.global.cas|fence.acquire.sys|multimem"
+    kinds = [kind for kind, _ in itertools.groupby(re.findall(words, text[text.index("gpu.launch") :]))]
+    # A peer is signalled once all threads have stored what is for it; this rank's own block comes after all signals.
+    told = ["llvm.store", "bar.sync", "red.release.sys.global.add"] * (mesh.size - 1)
+    assert kinds == [*told, "llvm.store", "atom.relaxed.sys.global.cas", "fence.acquire.sys", "bar.sync"]
+    # For two arrays and a semaphore of each peer the addresses there and here are looked up, and this rank's number.
+    looked_up = len(re.findall(r"memref.load %\S+ : memref<\d+xi64", text))
+    assert looked_up == 9 * (mesh.size - 1) + len(mesh.axis_names)
+    assert f"%c{mesh.size - 1}_i32" in text.split("scf.while")[1].split(")")[0]
 
 
 @names_peers
