@@ -73,7 +73,7 @@ def jobs(request: Request) -> list[Job]:
         default = [shapes.TINY]
     chosen = shapes.choose(request.names, request.tokens, default)
     if request.parallel:
-        return mesh.jobs(chosen, request.parallel, request.ranks)
+        return mesh.jobs(chosen, request.parallel, request.ranks, request.options.platform == "gpu")
     try:
         entries = catalog.named(request.candidates or catalog.NAMES)
     except ValueError as error:

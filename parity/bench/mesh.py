@@ -43,19 +43,19 @@ def spread(parallel: str, ranks: int) -> str:
     return re.sub(r"^dp\d+", f"dp{ranks // tp}", parallel)
 
 
-def every(ranks: int) -> list[str]:
-    """All transports on so many ranks, in every mode of FORMS that they serve."""
+def every(ranks: int, on_gpu: bool = True) -> list[str]:
+    """All transports on so many ranks, in every mode of FORMS that they serve; on CPUs there is no `one_sided`."""
     if ranks == 1:
         return [ALONE]
     return [
         f"{form.format(n=ranks)}/{transport}"
         for mode, form in FORMS.items()
         for transport in TRANSPORTS
-        if mode in CAPABILITIES[transport]
+        if mode in CAPABILITIES[transport] and (on_gpu or transport != "one_sided")
     ]
 
 
-def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int]) -> list[Job]:
+def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int], on_gpu: bool = True) -> list[Job]:
     """Every shape on every spread; with `ranks`, each spread over each number of them, scaled both ways.
 
     Strong scaling keeps the tokens of the shape; weak scaling gives the first number of ranks those, and the others as
@@ -66,6 +66,7 @@ def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int])
       parallel: spreads as `dp4.tp1.ep/padded`; "all" for every one that `ranks` allow; "collectives" for plain ones.
         What ends in "+shared" is the layer with and without a shared expert.
       ranks: numbers of them.
+      on_gpu: whether they are GPUs.
 
     Raises:
       CaseError: no such spread, or a shape that does not divide over it.
@@ -78,7 +79,7 @@ def jobs(shapes: Sequence[Shape], parallel: Sequence[str], ranks: Sequence[int])
                 if count > 1:
                     nothing = Shape(name="-", tokens=1, hidden=1, intermediate=1, experts=1, top_k=1)
                     out.append(Job(entry=entry, what=COLLECTIVES, shape=nothing, parallel=f"dp{count}.tp1"))
-    for text, count, where in _placed(parallel, ranks):
+    for text, count, where in _placed(parallel, ranks, on_gpu):
         for shape in shapes:
             _check(text, where, shape)
             first = ranks[0] if ranks else count
@@ -98,12 +99,12 @@ def _needed(ranks: Sequence[int], text: str) -> Sequence[int]:
     return ranks
 
 
-def _placed(parallel: Sequence[str], ranks: Sequence[int]) -> Iterator[tuple[str, int, str]]:
+def _placed(parallel: Sequence[str], ranks: Sequence[int], on_gpu: bool) -> Iterator[tuple[str, int, str]]:
     """What was typed, a number of ranks, and a spread over so many."""
     for text in parallel:
         plain = text.removesuffix(SHARED)
         if plain == ALL:
-            yield from ((text, count, where) for count in _needed(ranks, text) for where in every(count))
+            yield from ((text, count, where) for count in _needed(ranks, text) for where in every(count, on_gpu))
         elif plain == ALONE:
             yield text, 1, plain
         elif re.match(r"dp\d+\.tp\d+[^/]*/\w+$", plain):

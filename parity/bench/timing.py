@@ -135,7 +135,7 @@ def of_devices(devices: Sequence[Sequence[tuple[int, int]]], *, meeting: bool) -
     return found
 
 
-EXCHANGES = ("nccl", "all_to_all", "alltoall", "all_reduce", "allreduce", "all_gather", "one_shot", "p2p")
+EXCHANGES = ("nccl", "all_to_all", "alltoall", "all_reduce", "allreduce", "all_gather", "one_shot", "p2p", "put_blocks")
 """Of which a kernel's name has one, in small letters, if it moves data between devices."""
 
 

@@ -77,6 +77,17 @@ def test_a_case_of_more_ranks_than_there_is_room_for_is_refused_with_the_numbers
         assert cls(Options()).unsupported(eight) is None
 
 
+def test_one_sided_is_for_one_jax_process_over_gpus_and_for_pytorch_anywhere(two_gpus):
+    case = Case.parse("dp2.tp1.ep/one_sided/bf16/t7.d64.f48/e8.k2")
+    for options in (Options(), Options(platform="gpu"), Options(platform="gpu", jax_processes=True)):
+        assert TorchBackend(options).unsupported(case) is None
+    assert JaxBackend(Options(platform="gpu")).unsupported(case) is None
+    assert "--platform gpu" in str(JaxBackend(Options()).unsupported(case))
+    for options in (Options(platform="gpu", jax_processes=True), Options(platform="gpu", ranks_per_gpu=2)):
+        assert "one process over all GPUs" in str(JaxBackend(options).unsupported(case))
+    assert JaxBackend(Options()).unsupported(Case.parse("dp1.tp1.ep/one_sided/bf16/t7.d64.f48/e8.k2")) is None
+
+
 def test_ranks_that_share_a_gpu_are_a_process_each_with_the_library_and_a_share_of_memory(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     monkeypatch.delenv("LD_PRELOAD", raising=False)

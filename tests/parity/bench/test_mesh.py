@@ -60,6 +60,9 @@ def test_all_is_every_transport_with_equal_tokens_and_different_ones_sp_off_and_
     for mode, form in mesh.FORMS.items():
         serving = {text.split("/")[1] for text in found if text.startswith(form.format(n=2) + "/")}
         assert serving == {name for name, modes in CAPABILITIES.items() if mode in modes}
+    on_cpu = mesh.every(2, on_gpu=False)
+    assert [text for text in found if text not in on_cpu] == ["dp2.tp1.ep/one_sided", "dp1.tp2.ep.sp/one_sided"]
+    assert [job.parallel for job in mesh.jobs([TINY], ["all"], [2], on_gpu=False)] == on_cpu
     jobs = mesh.jobs([TINY], ["collectives", "all", "dp2.tp1.ep/padded+shared"], [2])
     kinds = [job.what for job in jobs]
     assert kinds == ["collectives", *["mesh"] * len(found), "shared"]
@@ -67,7 +70,7 @@ def test_all_is_every_transport_with_equal_tokens_and_different_ones_sp_off_and_
         mesh.jobs([TINY], ["all"], [])
 
 
-@pytest.mark.parametrize("parallel", mesh.every(2))
+@pytest.mark.parametrize("parallel", mesh.every(2, on_gpu=False))
 def test_the_stages_one_after_the_other_are_the_layer(parallel):
     shape = Shape(name="s", tokens=7, hidden=32, intermediate=24, experts=4, top_k=2)
     case = mesh_jax.case_of(parallel, shape)
