@@ -6,6 +6,7 @@ intermediate size (its part on this rank), M rows of the first projection (2F ga
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jax_moe import activation as activations
@@ -62,6 +63,15 @@ def gate_up(
         bias_eM=params.gate_up_bias,
         implementation=implementation,
     )
+
+
+def gathers_ahead(
+    x_nW: Float[Array, "n W"], rows: int, params: ExpertParams, activation: Activation, implementation: str | None
+) -> bool:
+    """Whether a kernel gathers as many rows of `x_nW` and does `gate_up` at once. A name is for the two one by one."""
+    index, sizes = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, params.gate_up.shape[0]))
+    operands = (x_nW, index, params.gate_up, sizes, activation, params.gate_up_bias)
+    return implementation is None and kernels.chosen("gather_gate_up", None, *operands) != "reference"
 
 
 def down(

@@ -183,6 +183,11 @@ def _kernels(
         tile = kernels.tile_of(chosen, rows, held, config.gated and name == "gate_up") if name in operands else None
         said.append(f"{name}: {chosen}" + (f" ({tile})" if tile else ""))
     text = ", ".join(said)
+    if implementation is None and layer.may_gather_ahead(config, parallel):
+        few = jax.ShapeDtypeStruct((tokens_per_rank, width), dtype)
+        index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        if (chosen := kernels.chosen("gather_gate_up", None, few, index, w_up, sizes, activation, None)) != "reference":
+            text += f"; without trace rows are gathered while others are multiplied, gather_gate_up: {chosen}"
     if implementation is None and layer.may_fuse(config, parallel):
         shape = jax.ShapeDtypeStruct
         few_x = shape((tokens_per_rank, width), dtype)

@@ -312,6 +312,11 @@ def may_fuse(config: MoEConfig, parallel: ParallelConfig) -> bool:
     return router_here and parallel.transport == "local" and config.latent_size is None
 
 
+def may_gather_ahead(config: MoEConfig, parallel: ParallelConfig) -> bool:
+    """Whether rows can be gathered while others are multiplied: their tokens are here, and nothing is done to rows."""
+    return parallel.transport == "local" and not config.router.weight_on_input
+
+
 def _logits(params: MoEParams, x_cD: Array, given: dict[str, Array]) -> Array:
     """The router's logits, computed or given."""
     if "router_logits" in given:
@@ -375,26 +380,35 @@ def _routed_experts(
     if params.latent is not None:
         x_cW = tap("latent_in", linear(x_cD, params.latent.down).astype(x_cD.dtype))
 
-    rows_RW, handle = mover.dispatch(
-        x_cW,
-        ids_cK,
-        weights_cK,
-        **transport_options(parallel),
-        first_expert=first_expert,
-        num_local_experts=num_local_experts,
-        weight_on_input=config.router.weight_on_input,
-        implementation=for_rows(implementation),
-    )
-    tap.arrived(handle)
-    sizes_e = handle.plan.group_sizes_e
-    h_RF = experts.gate_up(
-        tap("dispatch", rows_RW),
-        params.experts,
-        sizes_e,
-        activation=activation,
-        tap=tap,
-        implementation=implementation,
-    )
+    held = {"first_expert": first_expert, "num_local_experts": num_local_experts}
+    held["implementation"] = for_rows(implementation)
+    together = may_gather_ahead(config, parallel) and tap is stages.OFF
+    if together and experts.gathers_ahead(x_cW, ids_cK.size, params.experts, activation, implementation):
+        handle = transport.local.keep(ids_cK, weights_cK, **held)
+        sizes_e = handle.plan.group_sizes_e
+        h_RF = kernels.gather_gate_up(
+            x_cW,
+            handle.plan.row_token_R,
+            params.experts.gate_up,
+            sizes_e,
+            activation=activation,
+            bias_eM=params.experts.gate_up_bias,
+        )
+    else:
+        options = transport_options(parallel) | held
+        rows_RW, handle = mover.dispatch(
+            x_cW, ids_cK, weights_cK, **options, weight_on_input=config.router.weight_on_input
+        )
+        tap.arrived(handle)
+        sizes_e = handle.plan.group_sizes_e
+        h_RF = experts.gate_up(
+            tap("dispatch", rows_RW),
+            params.experts,
+            sizes_e,
+            activation=activation,
+            tap=tap,
+            implementation=implementation,
+        )
     y_RW = experts.down(
         tap("activation", h_RF),
         params.experts,

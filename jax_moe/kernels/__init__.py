@@ -12,6 +12,7 @@ from jax_moe.kernels.ops import combine_rows as combine_rows
 from jax_moe.kernels.ops import few_tokens as few_tokens
 from jax_moe.kernels.ops import for_rows as for_rows
 from jax_moe.kernels.ops import gate_up as gate_up
+from jax_moe.kernels.ops import gather_gate_up as gather_gate_up
 from jax_moe.kernels.ops import gather_rows as gather_rows
 from jax_moe.kernels.ops import grouped_matmul as grouped_matmul
 from jax_moe.kernels.ops import plan_rows as plan_rows

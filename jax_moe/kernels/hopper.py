@@ -115,6 +115,19 @@ def no_routing(array: Any, *operands: Any) -> str | None:
     return no_triton() or _typed_axes(array, *operands)
 
 
+def no_gather_gate_up(x: Any, index: Any, w: Any, sizes: Any, activation: Activation, bias: Any) -> str | None:
+    """Why rows are better gathered before they are multiplied, or have to be; None: while others are multiplied."""
+    rows, (experts, outputs, _), tiles = index.shape[0], w.shape, _tiles()
+    if 0 in x.shape or rows < tiles.AHEAD_ROWS * experts:
+        return (
+            f"{rows} rows of {x.shape[0]} tokens for {experts} experts: expected {tiles.AHEAD_ROWS} an expert or more"
+        )
+    if outputs < tiles.AHEAD_WEIGHTS:
+        return f"{outputs} rows of weights an expert: expected {tiles.AHEAD_WEIGHTS} or more"
+    gathered = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype)
+    return no_gate_up(gathered, w, sizes, activation, bias) or _typed_axes(x, index)
+
+
 def no_few_tokens(
     x: Any,
     logits: Any,
@@ -146,6 +159,24 @@ def grouped_matmul(x_RD: Array, w_eND: Array, group_sizes_e: Array, bias_eN: Arr
 def gate_up(x_RD: Array, w_eMD: Array, group_sizes_e: Array, activation: Activation, bias_eM: Array | None) -> Array:
     """See `ops.gate_up`."""
     return _product(_on_hopper, x_RD, w_eMD, group_sizes_e, activation, bias_eM, x_RD.dtype)
+
+
+def gather_gate_up(
+    x_tD: Array, index_R: Array, w_eMD: Array, group_sizes_e: Array, activation: Activation, bias_eM: Array | None
+) -> Array:
+    """See `ops.gather_gate_up`."""
+
+    def kernel(x_tD: Array, index_R: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
+        rows = index_R.shape[0]
+        pick = _tiles().choose_tile(rows, w_eMD.shape[0], gated=activation.gated)
+        schedule = _schedule(group_sizes_e, rows, pick.tile.rows)
+        options = {"activation": activation, "bias": bias_eM, "tile": pick.tile}
+        return pick.run(x_tD, w_eMD, schedule, index_R=index_R.astype(jnp.int32), **options)
+
+    def plain(x_tD: Array, index_R: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
+        return reference.gather_gate_up(x_tD, index_R, w_eMD, group_sizes_e, activation, bias_eM)
+
+    return with_gradient_of(plain, kernel)(x_tD, index_R, w_eMD, group_sizes_e, bias_eM)
 
 
 def triton_grouped_matmul(
@@ -192,10 +223,8 @@ def _on_hopper(
     bias: Array | None,
     _out_dtype: jnp.dtype,
 ) -> Array:
-    from jax_moe.kernels import tiles
-
     rows, gated = x_RD.shape[0], activation is not None and activation.gated
-    pick = tiles.choose_tile(rows, w.shape[0], gated=gated)
+    pick = _tiles().choose_tile(rows, w.shape[0], gated=gated)
     if rows < pick.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
         x_RD = jnp.pad(x_RD, ((0, pick.tile.rows - rows), (0, 0)))
     schedule = _schedule(group_sizes_e, x_RD.shape[0], pick.tile.rows)
@@ -221,11 +250,15 @@ def _in_triton(
     )
 
 
-def hopper_tile(rows: int, experts: int, gated: bool) -> str:
-    """What the table says of the tile, and the measurement it says it from."""
+def _tiles() -> Any:
     from jax_moe.kernels import tiles
 
-    return str(tiles.choose_tile(rows, experts, gated=gated))
+    return tiles
+
+
+def hopper_tile(rows: int, experts: int, gated: bool) -> str:
+    """What the table says of the tile, and the measurement it says it from."""
+    return str(_tiles().choose_tile(rows, experts, gated=gated))
 
 
 def triton_tile(rows: int, experts: int, gated: bool) -> str:

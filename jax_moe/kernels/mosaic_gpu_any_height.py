@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels.mosaic_gpu_ahead import Rows
 from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
     DEPTH,
     compiler_params,
@@ -73,9 +74,14 @@ class Tile:
         return [(first, min(self.chunk, height - first)) for first in range(0, height, self.chunk)]
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
+    rows = None
+    if has_index:  # the tokens are not multiplied, but their rows
+        index_ref, out_ref, rows_ref, *rest = rest
+        rows = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret)
+        x_ref, rest = rows_ref, [out_ref, *rest]
     out_ref, x_smem, w_smem, out_smem, full, empty = rest
     x_load, x_smem = views(x_smem, interpret=interpret)
     w_load, w_smem = views(w_smem, interpret=interpret)
@@ -103,14 +109,17 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     def _load():
         plgpu.set_max_registers(40, action="decrease")
 
-        load_tiles(
-            lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages,
+        load = functools.partial(
+            load_tiles, lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
+            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, rows=rows,
         )  # fmt: skip
+        load() if rows is None else rows.beside(load)
 
     @pl.when(wg < 2)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
+        if rows is not None:
+            rows.begin()
 
         def store_tile(blocks, row, column, height):
             """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
@@ -220,6 +229,7 @@ def grouped_matmul(
     *,
     activation=None,
     bias: jax.Array | None = None,
+    index_R: jax.Array | None = None,
     tile: Tile = Tile(),
     interpret=None,
 ) -> jax.Array:
@@ -231,24 +241,27 @@ def grouped_matmul(
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.
+      index_R: (R,) int32; where given, x is (t, D) and row r is x[index[r]], copied while others are multiplied.
       tile: shape of the tiles.
       interpret: InterpretGPUParams to run on CPU.
 
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
+    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
     experts, gated = w.shape[0], gate_layout(activation) is not None
     weights, columns = weight_operands(w, bias, activation, past=256)
     sms = sm_count() if interpret is None else 2
     body = functools.partial(
-        _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
-        interpret=interpret is not None,
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
+        has_index=index_R is not None, sms=sms, experts=experts, interpret=interpret is not None,
     )  # fmt: skip
     name = "moe_gate_up_any_height" if activation is not None else "moe_grouped_matmul_any_height"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
-    return plgpu.kernel(
+    types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
+    results = plgpu.kernel(
         named(body, name),
-        out_type=jax.ShapeDtypeStruct((x_RD.shape[0], columns), x_RD.dtype),
+        out_type=types[: 1 if index_R is None else 2],
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),
             memory((tile.stages, 256, DEPTH)),
@@ -262,4 +275,5 @@ def grouped_matmul(
         thread_name="wg",
         interpret=interpret,
         compiler_params=compiler_params(interpret),
-    )(schedule, x_RD, *weights)
+    )(schedule, x_RD, *weights, *([] if index_R is None else [index_R]))
+    return results[0]

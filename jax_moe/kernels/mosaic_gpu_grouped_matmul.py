@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
+from jax_moe.kernels.mosaic_gpu_ahead import Rows
 from jax_moe.kernels.schedule import FIELDS, make_schedule
 
 DEPTH = 64  # columns, of two bytes each, in the 128 bytes of one swizzle atom
@@ -148,14 +149,19 @@ def weight_tile(w_ref, expert, part, column, columns, k, layout):
 
 def load_tiles(
     find, trips, x_ref, w_ref, x_load, w_load, full, empty,
-    *, heights: tuple[int, ...], parts: int, layout, k_tiles: int, stages: int,
+    *, heights: tuple[int, ...], parts: int, layout, k_tiles: int, stages: int, rows=None,
 ) -> None:  # fmt: skip
-    """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages."""
+    """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages.
+
+    Rows that are being gathered (`rows`) are waited for.
+    """
     out_columns = 256 // parts
 
     def item(i, step):
         work = find(i)
         steps = jnp.where(work.zeros, 0, k_tiles)
+        if rows is not None:
+            rows.wait(work)
 
         def load(k, step, height):
             slot = lax.rem(step, jnp.int32(stages))
@@ -164,9 +170,9 @@ def load_tiles(
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            rows = x_ref.at[pl.ds(work.row, height), pl.ds(k * DEPTH, DEPTH)]
+            source = x_ref.at[pl.ds(work.row, height), pl.ds(k * DEPTH, DEPTH)]
             target = x_load.at[slot] if len(heights) == 1 else x_load.at[slot, pl.ds(0, height)]
-            plgpu.copy_gmem_to_smem(rows, target, full.at[slot])
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
             for part in range(parts):
                 plgpu.copy_gmem_to_smem(
                     weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
@@ -192,9 +198,14 @@ def load_tiles(
     lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: int, interpret: bool):
+def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
+    rows = None
+    if has_index:  # the tokens are not multiplied, but their rows
+        index_ref, out_ref, rows_ref, *rest = rest
+        rows = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret)
+        x_ref, rest = rows_ref, [out_ref, *rest]
     out_ref, x_smem, w_smem, out_smem, full, empty = rest
     x_load, x_smem = views(x_smem, interpret=interpret)
     w_load, w_smem = views(w_smem, interpret=interpret)
@@ -220,14 +231,17 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, sms: int, experts: in
     def _load():
         plgpu.set_max_registers(40, action="decrease")
 
-        load_tiles(
-            lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            heights=(tile.rows,), parts=parts, layout=layout, k_tiles=k_tiles, stages=stages,
+        load = functools.partial(
+            load_tiles, lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
+            heights=(tile.rows,), parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, rows=rows,
         )  # fmt: skip
+        load() if rows is None else rows.beside(load)
 
     @pl.when(wg < 2)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
+        if rows is not None:
+            rows.begin()
 
         def store_tile(value, row, column, width):
             """64 whole rows through shared memory, 64 columns at a time; zeros where there is no value."""
@@ -377,6 +391,7 @@ def grouped_matmul(
     *,
     activation=None,
     bias: jax.Array | None = None,
+    index_R: jax.Array | None = None,
     tile: Tile = Tile(),
     interpret=None,
 ) -> jax.Array:
@@ -388,24 +403,27 @@ def grouped_matmul(
       schedule: make_schedule(sizes, rows=R, tile=tile.rows).
       activation: None, or a value with the fields name, gated, layout, alpha, limit.
       bias: (e, rows of w) or None, added in float32 before the activation.
+      index_R: (R,) int32; where given, x is (t, D) and row r is x[index[r]], copied while others are multiplied.
       tile: shape of the tiles.
       interpret: InterpretGPUParams to run on CPU.
 
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
+    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
     experts, gated = w.shape[0], gate_layout(activation) is not None
     weights, columns = weight_operands(w, bias, activation, past=256)
     sms = sm_count() if interpret is None else 2
     body = functools.partial(
-        _kernel, tile=tile, activation=activation, has_bias=bias is not None, sms=sms, experts=experts,
-        interpret=interpret is not None,
+        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
+        has_index=index_R is not None, sms=sms, experts=experts, interpret=interpret is not None,
     )  # fmt: skip
     name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
-    return plgpu.kernel(
+    types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
+    results = plgpu.kernel(
         named(body, name),
-        out_type=jax.ShapeDtypeStruct((x_RD.shape[0], columns), x_RD.dtype),
+        out_type=types[: 1 if index_R is None else 2],
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),
             memory((tile.stages, 256, DEPTH)),
@@ -419,7 +437,8 @@ def grouped_matmul(
         thread_name="wg",
         interpret=interpret,
         compiler_params=compiler_params(interpret),
-    )(schedule, x_RD, *weights)
+    )(schedule, x_RD, *weights, *([] if index_R is None else [index_R]))
+    return results[0]
 
 
 __all__ = ["Tile", "grouped_matmul", "make_schedule", "sm_count"]

@@ -32,6 +32,7 @@ OPERATIONS: dict[str, dict[str, Callable]] = {
         "mosaic_gpu": hopper.gate_up,
         "triton": hopper.triton_gate_up,
     },
+    "gather_gate_up": {"reference": reference.gather_gate_up, "mosaic_gpu": hopper.gather_gate_up},
     "gather_rows": {"reference": reference.gather_rows, "triton": hopper.gather_rows},
     "combine_rows": {"reference": reference.combine_rows, "triton": hopper.combine_rows},
     "choose_experts": {"reference": reference.choose_experts, "triton": hopper.choose_experts},
@@ -40,12 +41,13 @@ OPERATIONS: dict[str, dict[str, Callable]] = {
 }
 
 # Those that are several of the others in one: None may take them, a name is for the others.
-FUSED = ("few_tokens",)
+FUSED = ("gather_gate_up", "few_tokens")
 
 # What an implementation cannot do.
 LIMITS: dict[str, dict[str, Callable[..., str | None]]] = {
     "grouped_matmul": {"mosaic_gpu": hopper.no_grouped_matmul, "triton": hopper.no_triton_grouped_matmul},
     "gate_up": {"mosaic_gpu": hopper.no_gate_up, "triton": hopper.no_triton_gate_up},
+    "gather_gate_up": {"mosaic_gpu": hopper.no_gather_gate_up},
     "gather_rows": {"triton": hopper.no_rows},
     "combine_rows": {"triton": hopper.no_rows},
     "choose_experts": {"triton": hopper.no_routing},
@@ -65,10 +67,11 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "hopper": {
         "grouped_matmul": ("mosaic_gpu",),
         "gate_up": ("mosaic_gpu",),
+        "gather_gate_up": ("mosaic_gpu",),
         "few_tokens": ("mosaic_gpu",),
         **_ROWS,
     },
-    "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), "few_tokens": (), **_ROWS},
+    "ampere": {"grouped_matmul": ("triton",), "gate_up": ("triton",), "gather_gate_up": (), "few_tokens": (), **_ROWS},
 }
 
 
@@ -190,6 +193,46 @@ def gate_up(
     group_sizes_e, clipped = clip_sizes(group_sizes_e, x_RD.shape[0]) if debug else (group_sizes_e, None)
     h_RF = _run("gate_up", implementation, x_RD, w_eMD, group_sizes_e, activation, bias_eM)
     return (h_RF, clipped) if debug else h_RF
+
+
+def gather_gate_up(
+    x_tD: Float[Array, "t D"],
+    index_R: Int32[Array, " R"],
+    w_eMD: Float[Array, "e M D"],
+    group_sizes_e: Int[Array, " e"],
+    *,
+    activation: Activation,
+    bias_eM: Float[Array, "e M"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R F"]:
+    """`gate_up` of rows that are gathered for it: act(x[index[r]] @ w[g].T + bias[g]).
+
+    Args:
+      x_tD: (t, D) float32, bfloat16 or float16.
+      index_R: (R,) int32, a row of x for each row, sorted by group; zeros where it is out of range.
+      w_eMD, group_sizes_e, activation, bias_eM: as for `gate_up`.
+      implementation: None, "reference" or "mosaic_gpu", which gathers rows while it multiplies those before them.
+
+    Returns:
+      (R, F) in the dtype of x; rows past the sum of group_sizes are zeros.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist, or cannot take these operands.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> relu2 = Activation(name="relu2", gated=False)
+      >>> x, w = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((1, 1, 2))
+      >>> gather_gate_up(x, jnp.array([1, 0, 1]), w, jnp.array([2]), activation=relu2)[:, 0].tolist()
+      [49.0, 9.0, 0.0]
+    """
+    if index_R.ndim != 1:
+        raise ValueError(f"gather_gate_up: index {index_R.shape}: expected (R,)")
+    _check_product("gather_gate_up", x_tD, w_eMD, group_sizes_e, bias_eM)
+    if activation.gated and w_eMD.shape[1] % 2:
+        raise ValueError(f"gather_gate_up: w has {w_eMD.shape[1]} rows a group: expected an even number, gate and up")
+    return _run("gather_gate_up", implementation, x_tD, index_R, w_eMD, group_sizes_e, activation, bias_eM)
 
 
 def clip_sizes(group_sizes_e: Int[Array, " e"], rows: int) -> tuple[Int32[Array, " e"], Int32[Array, ""]]:

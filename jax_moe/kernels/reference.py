@@ -80,6 +80,18 @@ def gather_rows(
     return x_tD.at[index_R].get(mode="fill", fill_value=0)
 
 
+def gather_gate_up(
+    x_tD: Float[Array, "t D"],
+    index_R: Int[Array, " R"],
+    w_eMD: Float[Array, "e M D"],
+    group_sizes_e: Int[Array, " e"],
+    activation: activations.Activation,
+    bias_eM: Float[Array, "e M"] | None,
+) -> Float[Array, "R F"]:
+    """See `ops.gather_gate_up`."""
+    return gate_up(gather_rows(x_tD, index_R), w_eMD, group_sizes_e, activation, bias_eM)
+
+
 def combine_rows(
     y_RD: Float[Array, "R D"], position_tK: Int[Array, "t K"], weights_tK: Float[Array, "t K"]
 ) -> Float32[Array, "t D"]:

@@ -65,6 +65,11 @@ TABLE: tuple[tuple[float, Choice, Choice], ...] = (
     (float("inf"), *_same(wide.Tile(), "H200, 2026-11-28: 1024, 2048")),
 )
 
+# Rows are gathered while others are multiplied from so many rows an expert on, and so many rows of weights: with fewer
+# of the first, reading weights is the work, and memory has no time to spare; with fewer of the second, rows are multiplied
+# faster than they are copied. H100, 2026-11-28: 512 and 2048 rows, 1536 and 2048 rows of weights.
+AHEAD_ROWS, AHEAD_WEIGHTS = 512, 1536
+
 
 def choose_tile(rows: int, experts: int, *, gated: bool) -> Choice:
     """The choice for a buffer of `rows` rows over `experts` experts, taken as if they were spread evenly."""

@@ -7,6 +7,21 @@ from jax_moe._typing import Array, Float, Float32, Int32
 from jax_moe.transport import base
 
 
+def keep(
+    topk_ids_tK: Int32[Array, "t K"],
+    topk_weights_tK: Float32[Array, "t K"],
+    *,
+    first_expert: Int32[Array, ""] | int = 0,
+    num_local_experts: int,
+    implementation: str | None = None,
+) -> base.Handle:
+    """The handle of `dispatch`, for who gathers the rows itself, by the plan's `row_token_R`."""
+    plan = plans.make_plan(
+        topk_ids_tK, first_expert=first_expert, num_local_experts=num_local_experts, implementation=implementation
+    )
+    return base.Handle(plan=plan, weights_nK=topk_weights_tK, axes=(), implementation=implementation)
+
+
 def dispatch(
     x_tW: Float[Array, "t W"],
     topk_ids_tK: Int32[Array, "t K"],

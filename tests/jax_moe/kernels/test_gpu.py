@@ -4,6 +4,9 @@ Those in Triton, which are for Ampere and Ada too, run here as well.
 """
 
 import functools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -83,6 +86,74 @@ def test_the_height_a_tile_gets_changes_no_bit(activation):
     assert_right(first, expected(x, w, sizes, activation=activation, bias=b), int(sizes.sum()))
     for other in (second, alone):
         np.testing.assert_array_equal(np.asarray(first).view(np.uint16), np.asarray(other).view(np.uint16))
+
+
+def in_time(seconds, run, *args):
+    """Runs a function of this module in a process of its own, so that a kernel that does not end is a failure."""
+    code = f"from {__name__} import *; {run.__name__}(*{args!r})"
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, timeout=seconds, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def check_ahead(name, kind):
+    """Rows gathered ahead, in two orders in turns: right by row, and the same bits each time."""
+    kernel, tile = TILES[name]
+    x, w, sizes, b = operands(group_sizes(kind, tile.rows), 200, 272, spare=tile.rows + 37, bias=kind == "edges")
+    total, rows = int(sizes.sum()), len(x)
+    x = jnp.nan_to_num(x).at[-1].set(jnp.nan)  # a token that no row is of
+
+    @jax.jit
+    def run(x, w, sizes, b, index):
+        schedule = make_schedule(sizes, rows=rows, tile=tile.rows)
+        return kernel.grouped_matmul(x, w, schedule, activation=SILU, bias=b, tile=tile, index_R=index)
+
+    first = []
+    for turn in range(6):
+        order = np.random.default_rng(turn % 2).integers(0, rows - 1, rows)
+        index = jnp.asarray(np.where(np.arange(rows) < total, order, rows - 1), jnp.int32)
+        first.append(np.asarray(run(x, w, sizes, b, index)))
+        np.testing.assert_array_equal(first[turn].view(np.uint16), first[turn % 2].view(np.uint16))
+        if turn < 2:
+            assert_right(first[turn], expected(x[order], w, sizes, activation=SILU, bias=b), total)
+
+
+def check_ahead_at_every_edge(name):
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(check_ahead, name, kind) for kind in KINDS]:
+            done.result()
+
+
+def check_ahead_many_times(times):
+    """Two orders of tokens in turns, half of the times in one program: the bits of rows that are gathered first."""
+    tokens, depth, inter, experts, top_k = 8192, 4096, 1024, 32, 8
+    rng, rows = np.random.default_rng(0), 8192 * 8
+    sizes = jnp.asarray(rng.multinomial(rows - 99, np.ones(experts) / experts), jnp.int32)
+    x = jax.random.normal(jax.random.key(0), (tokens, depth), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (experts, 2 * inter, depth), jnp.bfloat16) * jnp.bfloat16(depth**-0.5)
+    index = [jnp.asarray(rng.permutation(np.tile(np.arange(tokens), top_k)), jnp.int32) for _ in range(2)]
+
+    def differ(index, want):
+        got = kernels.gather_gate_up(x, index, w, sizes, activation=SILU, implementation="mosaic_gpu")
+        return jnp.sum(jax.lax.bitcast_convert_type(got, jnp.uint16) != jax.lax.bitcast_convert_type(want, jnp.uint16))
+
+    gathered_first = jax.jit(lambda index: kernels.gate_up(x[index], w, sizes, activation=SILU))
+    want = [gathered_first(index) for index in index]
+    once = jax.jit(differ)
+    found = [once(index[i % 2], want[i % 2]) for i in range(times // 2)]
+    turns = jnp.arange(times // 2) % 2
+    loop = jax.jit(lambda *both: jax.lax.map(lambda i: differ(*(jnp.where(i == 0, *two) for two in both)), turns))
+    np.testing.assert_array_equal(jnp.stack(found), 0)
+    np.testing.assert_array_equal(loop(index, want), 0)
+
+
+@pytest.mark.parametrize("name", ["128 rows", "64 rows", "136 rows"])
+def test_rows_gathered_ahead_are_right_at_every_edge_and_where_there_are_none(name):
+    in_time(120, check_ahead_at_every_edge, name)
+
+
+def test_rows_gathered_ahead_have_the_same_bits_two_hundred_times():
+    in_time(120, check_ahead_many_times, 200)
 
 
 def router_of(kind, tokens, experts):

@@ -1,14 +1,16 @@
 """The whole layer, lowered for a card that is not here: which kernels its program holds, and what it refuses."""
 
+import dataclasses
 import functools
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_moe as jm
-from jax_moe.kernels import choice
+from jax_moe.kernels import choice, ops
 from tests.jax_moe.kernels.problems import CARDS, card
 from tests.jax_moe.layers import sharded, tokens
 
@@ -73,6 +75,55 @@ def test_few_tokens_are_not_gathered_on_hopper_where_nothing_is_named(on, kind, 
     assert kernels_of(kind, implementation, rows=4) == kernels
 
 
+@pytest.mark.parametrize(
+    ("kind", "implementation", "fields", "rows_moved"),
+    [
+        ("H100", None, {}, set()),
+        ("H100", "mosaic_gpu", {}, ROWS),
+        ("H100", None, {"router": jm.RouterConfig(weight_on_input=True)}, ROWS),
+        ("H100", None, {"num_experts": 16}, ROWS),  # fewer rows an expert
+        ("H100", None, {"intermediate_size": 760}, ROWS),  # fewer rows of weights
+    ],
+)
+def test_many_rows_an_expert_are_gathered_by_the_product_where_nothing_is_named(
+    on, kind, implementation, fields, rows_moved
+):
+    on(kind)
+    found = kernels_of(kind, implementation, rows=8 * 512 // 3 + 1, **{"intermediate_size": 768, **fields})
+    assert found & ALL_ROWS == rows_moved
+    assert not found & (MOSAIC | TRITON)
+
+
+def test_gathering_in_the_product_changes_neither_a_layer_nor_its_gradient(on, monkeypatch):
+    on("H100")
+    calls = []
+    for operation, table in ops.OPERATIONS.items():
+        for name in set(table) - {"reference"}:  # the kernels' place in a program, not the kernels
+            spy = functools.partial(
+                lambda operation, *args: calls.append(operation) or plain[operation](*args), operation
+            )
+            monkeypatch.setitem(table, name, spy)
+    plain = {operation: table["reference"] for operation, table in ops.OPERATIONS.items()}
+    config = jm.MoEConfig(num_experts=2, top_k=2, hidden_size=64, intermediate_size=768, expert_bias=True)
+    parallel = jm.ParallelConfig()
+    params, mesh = sharded(config, parallel)
+    x = tokens(512, config.hidden_size, config.dtype)
+
+    def loss(params, x, implementation):
+        run = functools.partial(jm.moe_local, config=config, parallel=parallel, implementation=implementation)
+        specs = (jm.param_specs(config, parallel), P("dp"))
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("dp"), check_vma=False)
+        y = run(params, x).astype("float32")
+        return (y**2).sum(), y
+
+    step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    got = step(params, x, None)
+    assert "gather_gate_up" in calls
+    assert "gather_rows" not in calls
+    want = step(params, x, "reference")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize(("kind", "products"), [("H100", MOSAIC), ("A100", TRITON)])
 def test_a_layer_under_vmap_keeps_its_kernels(on, kind, products):
     on(kind)
@@ -114,9 +165,14 @@ def test_an_explanation_names_the_kernels_and_their_tiles(on):
     said = jm.explain(config, jm.ParallelConfig(), tokens_per_rank=4096).kernels
     assert "gate_up: mosaic_gpu (tiles of 128 rows; from H" in said
     assert "gather_rows: triton" in said
+    assert "gather_gate_up" not in said
+    wider = dataclasses.replace(config, intermediate_size=768)
+    said = jm.explain(wider, jm.ParallelConfig(), tokens_per_rank=4096).kernels
+    assert "gathered while others are multiplied, gather_gate_up: mosaic_gpu" in said
     said = jm.explain(config, jm.ParallelConfig(), tokens_per_rank=4, implementation="triton").kernels
     assert "grouped_matmul: triton (tiles of 16 rows)" in said
     assert "combine_rows: triton" in said
+    assert "gather_gate_up" not in said
     on("A100")
     with pytest.raises(NotImplementedError, match=r"compute capability 8\.0"):
         jm.explain(config, jm.ParallelConfig(), implementation="mosaic_gpu")

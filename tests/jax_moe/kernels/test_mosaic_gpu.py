@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -22,9 +23,11 @@ needs_interpreter = pytest.mark.skipif(
 SEVERAL = any_height.Tile(rows=40, lower=2, step=8, stages=2)
 
 
-def multiply(kernel, tile, x, w, sizes, bias, *, activation=None, interpret=None):
-    schedule = make_schedule(sizes, rows=x.shape[0], tile=tile.rows)
-    return kernel.grouped_matmul(x, w, schedule, activation=activation, bias=bias, tile=tile, interpret=interpret)
+def multiply(kernel, tile, x, w, sizes, bias, index=None, *, activation=None, interpret=None):
+    schedule = make_schedule(sizes, rows=len(x if index is None else index), tile=tile.rows)
+    more = {} if index is None else {"index_R": index}
+    options = {"activation": activation, "bias": bias, "tile": tile, "interpret": interpret}
+    return kernel.grouped_matmul(x, w, schedule, **options, **more)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,36 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     name = ("moe_grouped_matmul" if activation is None else "moe_gate_up") + suffix
     assert f"{name}_mosaic_gpu" in program or name in program
     assert "mosaic_gpu" in program
+
+
+@pytest.mark.parametrize(("kernel", "tile"), [(wide, wide.Tile()), (any_height, any_height.Tile(rows=136))])
+def test_kernels_that_gather_ahead_lower_for_cuda(kernel, tile):
+    x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True)
+    run = functools.partial(multiply, kernel, tile, activation=ACTIVATIONS["silu"])
+    traced = jax.jit(run).trace(x, w, sizes, bias, jnp.zeros((161,), jnp.int32))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Copied by the warps that do not load, and at first by those that multiply; awaited by the one that loads.
+    assert program.count("red.release.gpu.global.add.u32") == 2
+    assert program.count("ld.acquire.gpu.global.b32") == 1
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("kernel", "tile", "sizes", "activation"),
+    [
+        (wide, wide.Tile(stages=2), [130, 0, 40], "silu"),
+        (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], "swigluoai"),
+    ],
+    ids=["128 rows", "24 rows"],
+)
+def test_gathering_ahead_is_the_product_of_the_gathered_rows(kernel, tile, sizes, activation):
+    x, w, sizes, bias = operands(sizes, 72, 272, spare=6, bias=True)
+    total, x = int(sizes.sum()), jnp.nan_to_num(x[:20])
+    order = np.random.default_rng(0).integers(0, 20, total + 6)
+    index = jnp.asarray(np.where(np.arange(total + 6) < total, order, -1), jnp.int32)
+    activation = ACTIVATIONS[activation]
+    got = multiply(kernel, tile, x, w, sizes, bias, index, activation=activation, interpret=plgpu.InterpretGPUParams())
+    assert_right(got, expected(x[order], w, sizes, activation=activation, bias=bias), total)
 
 
 @needs_interpreter
