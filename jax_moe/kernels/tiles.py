@@ -66,8 +66,8 @@ TABLE: tuple[tuple[float, Choice, Choice], ...] = (
 )
 
 # Rows are gathered while others are multiplied from so many rows an expert on, and so many rows of weights: with fewer
-# of the first, reading weights is the work, and memory has no time to spare; with fewer of the second, rows are multiplied
-# faster than they are copied. H100, 2026-11-28: 512 and 2048 rows, 1536 and 2048 rows of weights.
+# of the first, reading weights is the work, and memory has no time to spare; with fewer of the second, rows are
+# multiplied faster than they are copied. H100, 2026-11-28: 512 and 2048 rows, 1536 and 2048 rows of weights.
 AHEAD_ROWS, AHEAD_WEIGHTS = 512, 1536
 
 
