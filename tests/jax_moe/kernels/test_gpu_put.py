@@ -54,12 +54,16 @@ def test_calls_in_a_loop_do_not_race_with_ranks_out_of_step():
         np.testing.assert_array_equal(got, want)
 
 
-def test_outputs_and_gradients_are_those_of_padded_to_the_bit():
+def test_outputs_and_gradients_are_those_of_padded():
     mesh, rows, top_k, local = mesh_of((2,)), 5, 3, 4
     runs = [jax.jit(spmd(there_and_back(name, ("dp",), local), mesh)) for name in ("one_sided", "padded")]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2 * rows, 40)).astype(np.float32)
     weights = rng.random((2 * rows, top_k)).astype(np.float32)
     for ids in routings(2, rows, top_k, local).values():
-        got, want = (run(x, ids.astype(np.int32), weights) for run in runs)
-        jax.tree.map(np.testing.assert_array_equal, got, want)
+        (made, (dx, dweights)), (want_made, (want_dx, want_dweights)) = (
+            run(x, ids.astype(np.int32), weights) for run in runs
+        )
+        jax.tree.map(np.testing.assert_array_equal, (made, dweights), (want_made, want_dweights))
+        # A sum of three products: XLA fuses other ones into a multiply-add, beside a kernel and beside a collective.
+        assert np.abs(dx - want_dx).max() <= 3 * 2.0**-23 * np.abs(want_dx).max()

@@ -37,7 +37,9 @@ def test_pytorch_is_timed_by_a_graph_and_between_events_where_it_waits_for_the_d
 def test_a_spread_over_two_cards_is_right_and_timed_by_a_profile(parallel, what):
     if len(jax.devices()) < 2:
         pytest.skip("one GPU; a spread needs two")
-    shape = Shape(name="s", tokens=130, hidden=256, intermediate=128, experts=16, top_k=4)
+    # Small sums over tp are a kernel of XLA's own, which has no name to know it by; 64 MB are NCCL's.
+    tokens = 65536 if "tp2" in parallel and ".sp" not in parallel else 130
+    shape = Shape(name="s", tokens=tokens, hidden=256, intermediate=128, experts=16, top_k=4)
     row = mesh_jax.run(jax_lab.Lab("gpu"), what, shape, parallel, 4)
     assert (row["status"], row["clock"]) == ("ok", "profile")
     assert row["exchange_ms"] > 0
