@@ -30,7 +30,8 @@ def one_by_one(kernel: Callable) -> Callable:
 
     A kernel's grid, work list and memory are laid out for one problem; and each call fills the card.
     `jax.custom_batching.sequential_vmap` is the same, but fails where nothing that a derivative is taken of is batched:
-    JAX then asks the rule about no argument, and comes back with those that are.
+    JAX then asks the rule about no argument, and comes back with those that are. What derivatives are taken of wants a
+    rule of its own around this (`with_gradient_of`): JAX has none for a loop of kernels.
     """
     run = jax.custom_batching.custom_vmap(lambda *args: kernel(*args))
 

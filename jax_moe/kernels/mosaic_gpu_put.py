@@ -31,20 +31,24 @@ except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dial
 
 THREADS = 128
 BLOCKS = 132  # all of them must run at once; a Hopper card has 132 processors
+MOST_RANKS = 8  # whose addresses XLA passes to a kernel
 IN_FLIGHT = 8  # loads a thread starts before it stores the first
 
 
 def no_puts(*arrays: jax.Array, axes: tuple[str, ...]) -> str | None:
     """Why the ranks of `axes` cannot store into each other's memory here; None: they can."""
     if jax.process_count() > 1:
-        return "several processes: it takes one process over all GPUs"
+        return f"{jax.process_count()} processes: expected one over all GPUs"
     mesh = jax.sharding.get_abstract_mesh()
     platform = getattr(mesh.abstract_device, "platform", None) or jax.default_backend()
     if platform != "gpu":
         return f"it stores into the memory of GPUs, and these ranks are on {platform.upper()}"
-    around = mesh.shape
-    if math.prod(around.values()) != math.prod(jax.lax.axis_size(axis) for axis in axes):
-        return f"the mesh has axes {dict(around)} and the exchange is over {axes}: expected all ranks of the mesh"
+    around = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    among = {axis: size for axis in axes if (size := jax.lax.axis_size(axis)) > 1}
+    if list(around) != list(among):  # a peer is told by its place in the mesh
+        return f"the mesh has axes {around} and the exchange is over {among}: expected the same ones in the same order"
+    if (ranks := math.prod(among.values())) > MOST_RANKS:
+        return f"{ranks} ranks: expected at most {MOST_RANKS}"
     if jax.__version_info__ < (0, 11):
         return f"JAX {jax.__version__}: expected 0.11 or newer, where a kernel can name a peer's array"
     if any(varying_axes(x) for x in arrays):

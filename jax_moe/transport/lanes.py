@@ -24,6 +24,8 @@ Axes = tuple[str, ...]
 
 PIECES = 256
 """In how many a segment is cut for XLA's `ragged_all_to_all`, whose kernel has one block of 128 threads for each."""
+KERNEL_RANKS = 8
+"""The most ranks that XLA has that kernel for; among more it sends each piece by NCCL."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["axes"])
@@ -53,11 +55,7 @@ class Puts:
     def there(self, tree: Any) -> Any:
         """(N * C, ...) to (N * C, ...)."""
         leaves, treedef = jax.tree.flatten(tree)
-        moving = [i for i, x in enumerate(leaves) if x.size and self.axes]
-        if moving:
-            for i, y in zip(moving, _put(self.axes, tuple(leaves[i] for i in moving)), strict=True):
-                leaves[i] = y
-        return jax.tree.unflatten(treedef, leaves)
+        return jax.tree.unflatten(treedef, _put(self.axes, tuple(leaves)) if self.axes else leaves)
 
     back = there
 
@@ -70,7 +68,9 @@ def _put(axes: Axes, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     def run(*arrays: Array) -> tuple[Array, ...]:
         from jax_moe.kernels import mosaic_gpu_put
 
-        return mosaic_gpu_put.put_blocks(arrays, axes=axes)
+        moving = [x for x in arrays if x.size]
+        moved = iter(mosaic_gpu_put.put_blocks(tuple(moving), axes=axes) if moving else ())
+        return tuple(next(moved) if x.size else x for x in arrays)
 
     @run.def_vmap
     def batched(size: int, is_batched: list[bool], *arrays: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
@@ -211,12 +211,14 @@ def _exchange(rows: Array, out: End, into: End, num_rows: int, axes: Axes, pair:
     rows, zeros, *ends = match_varying(rows, zeros, *jax.tree.leaves((out, into)))
     if not axes or not ragged_all_to_all_works():
         return _by_blocks(rows, zeros, *ends, axes=axes, pair=pair)
+    xlas = functools.partial(_ragged_all_to_all, axes=axes)
     return jax.lax.platform_dependent(
         rows,
         zeros,
         *ends,
         cpu=functools.partial(_by_blocks, axes=axes, pair=pair),
-        default=functools.partial(_ragged_all_to_all, axes=axes, pieces=min(pair, PIECES)),
+        cuda=functools.partial(xlas, pieces=min(pair, PIECES) if out.size_N.shape[0] <= KERNEL_RANKS else 1),
+        default=functools.partial(xlas, pieces=1),
     )
 
 

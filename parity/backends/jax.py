@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import socket
 import sys
@@ -56,6 +57,7 @@ class JaxBackend(Backend):
                 return "its transport 'one_sided' stores into the memory of GPUs; they are there with --platform gpu"
             if self.processes(case) > 1:
                 return "its transport 'one_sided' takes one process over all GPUs"
+            return _no_one_sided()
         return reason
 
     def processes(self, case: Case) -> int:
@@ -219,6 +221,17 @@ class JaxBackend(Backend):
             )
             for rank, values in first.items()
         }
+
+
+def _no_one_sided() -> str | None:
+    """Why `jax_moe` has no kernel for `one_sided` on the cards or with the JAX of this machine; None: it has."""
+    older = [card.capability for card in gpu.cards() if card.capability not in ("", "9.0")]
+    if older:
+        return f"its transport 'one_sided' needs Hopper GPUs, of compute capability 9.0; here is {older[0]}"
+    version = importlib.metadata.version("jax")
+    if tuple(map(int, version.split(".")[:2])) < (0, 11):
+        return f"its transport 'one_sided' needs JAX 0.11 or newer; here is {version}"
+    return None
 
 
 def _fields(owner: Any, names: Mapping[str, str], mesh: jax.sharding.Mesh) -> dict[int, dict[str, np.ndarray]]:

@@ -162,6 +162,12 @@ def test_under_vmap_a_batch_is_wider_rows(moved):
     assert moved[-1] == [(4, 3, 2), (4, 3, 2)]
 
 
+def test_under_vmap_an_empty_batch_moves_nothing(moved):
+    there = jax.jit(spmd(jax.vmap(lambda x: lanes.Puts(("dp",)).there((x,))[0], 1, 1), mesh_of((2,))))
+    assert there(np.zeros((8, 0, 2), np.float32)).shape == (8, 0, 2)
+    assert all(0 not in shape for call in moved for shape in call)
+
+
 def test_a_batch_of_gradients_of_what_is_not_batched(moved):
     x, g = np.arange(12.0, dtype=np.float32).reshape(4, 3), np.arange(24.0, dtype=np.float32).reshape(4, 2, 3)
 
@@ -253,6 +259,28 @@ def test_blocks_of_any_length_lower(monkeypatch, shape, dtype):
     assert text.count("@mosaic_gpu_v2") == 1
 
 
+def test_an_exchange_over_other_axes_than_the_mesh_s_or_in_another_order_is_refused():
+    mesh = mesh_of((2, 2))
+    names = mesh.axis_names
+
+    def lowered(axes):
+        return cuda(
+            lambda x: put.put_blocks((x,), axes=axes)[0], mesh, jax.ShapeDtypeStruct((4 * 4 * 8, 4), jnp.float32)
+        )
+
+    for axes in (names[::-1], names[:1]):
+        with pytest.raises(
+            NotImplementedError, match=f"over {{'{axes[0]}': 2.*: expected the same ones in the same order"
+        ):
+            lowered(axes)
+
+
+def test_more_ranks_than_xla_has_addresses_for_are_refused(monkeypatch):
+    monkeypatch.setattr(put, "MOST_RANKS", 3)
+    with pytest.raises(NotImplementedError, match="4 ranks: expected at most 3"):
+        cuda(lambda x: put.put_blocks((x,), axes=("dp",))[0], mesh_of((4,)), jax.ShapeDtypeStruct((32, 4), jnp.float32))
+
+
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="kernels of this JAX can name a peer's array")
 def test_an_older_jax_is_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"JAX 0\.10\.\d+: expected 0.11 or newer"):
@@ -268,7 +296,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
 
     with pytest.raises(NotImplementedError, match=r"'one_sided' cannot run here: .* these ranks are on CPU"):
         jax.jit(spmd(lambda x: put.put_blocks((x,), axes=("dp", "tp"))[0], mesh))(np.zeros((8, 4)))
-    with pytest.raises(NotImplementedError, match=r"axes \{'dp': 2, 'tp': 2\} and the exchange is over \('dp',\)"):
+    with pytest.raises(NotImplementedError, match=r"axes \{'dp': 2, 'tp': 2\} and the exchange is over \{'dp': 2\}"):
         run(axes=("dp",))
     monkeypatch.setattr(choice, "capability", lambda: "8.0")
     with pytest.raises(NotImplementedError, match=r"compute capability 8\.0"):
@@ -278,7 +306,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     with pytest.raises(NotImplementedError, match="GPU 0 cannot address"):
         run()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(NotImplementedError, match="several processes: it takes one process over all GPUs"):
+    with pytest.raises(NotImplementedError, match="2 processes: expected one over all GPUs"):
         run()
 
 

@@ -1,5 +1,6 @@
 """GPUs found, ranks put on them, and the library that lets ranks share one, on machines with and without a GPU."""
 
+import importlib.metadata
 import os
 import shutil
 import stat
@@ -77,7 +78,8 @@ def test_a_case_of_more_ranks_than_there_is_room_for_is_refused_with_the_numbers
         assert cls(Options()).unsupported(eight) is None
 
 
-def test_one_sided_is_for_one_jax_process_over_gpus_and_for_pytorch_anywhere(two_gpus):
+def test_one_sided_is_for_one_jax_process_over_hopper_gpus_and_for_pytorch_anywhere(two_gpus, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
     case = Case.parse("dp2.tp1.ep/one_sided/bf16/t7.d64.f48/e8.k2")
     for options in (Options(), Options(platform="gpu"), Options(platform="gpu", jax_processes=True)):
         assert TorchBackend(options).unsupported(case) is None
@@ -86,6 +88,10 @@ def test_one_sided_is_for_one_jax_process_over_gpus_and_for_pytorch_anywhere(two
     for options in (Options(platform="gpu", jax_processes=True), Options(platform="gpu", ranks_per_gpu=2)):
         assert "one process over all GPUs" in str(JaxBackend(options).unsupported(case))
     assert JaxBackend(Options()).unsupported(Case.parse("dp1.tp1.ep/one_sided/bf16/t7.d64.f48/e8.k2")) is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    assert "JAX 0.11 or newer; here is 0.10.2" in str(JaxBackend(Options(platform="gpu")).unsupported(case))
+    monkeypatch.setattr(gpu, "cards", lambda: (gpu.Card("NVIDIA L4", 23034, "8.9", "580.1"),))
+    assert "9.0; here is 8.9" in str(JaxBackend(Options(platform="gpu")).unsupported(case))
 
 
 def test_ranks_that_share_a_gpu_are_a_process_each_with_the_library_and_a_share_of_memory(monkeypatch):
