@@ -37,8 +37,8 @@ class Trace:
       row_token: (R,) int32 dense index of each row, -1 past the last.
       row_slot: (R,) int32 slot of each row, -1 past the last.
       expert_load: (E,) int32 real tokens of all ranks that chose each expert; the same on every rank.
-      dropped: (1,) int32 copies of tokens for which there was no room: of those this rank sent ("padded"), or of those
-        sent to it ("ragged"). They are in no other count but `expert_load`.
+      dropped: (1,) int32 copies of tokens for which there was no room: of those this rank sent ("padded",
+        "one_sided"), or of those sent to it ("ragged"). They are in no other count but `expert_load`.
       stages: what the other stages gave; see `Stages`.
     """
 
