@@ -74,29 +74,31 @@ class Candidate:
         return f"{self.module.__name__.rsplit('.', 1)[1].removeprefix('mosaic_gpu_')}.Tile({', '.join(words)})"
 
 
-def _both(*found: Any) -> list[Candidate]:
+def _candidates(*found: Any) -> list[Candidate]:
     return [Candidate(tile=tile) for tile in found]
 
 
 W, A = wide.Tile, any_height.Tile
-FEW = _both(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
+FEW = _candidates(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
 
 # name -> (shape, candidates); the shapes' sizes are those of docs/kernels.md
 CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
     "qwen3": (
         SHAPES["prefill_qwen3_30b"],
-        _both(W(), A(rows=136), A(rows=136, lower=2), A(rows=144, lower=2), A(rows=144, lower=4, step=8)),
+        _candidates(W(), A(rows=136), A(rows=136, lower=2), A(rows=144, lower=2), A(rows=144, lower=4, step=8)),
     ),
     "gpt_oss": (
         SHAPES["prefill_gpt_oss_120b"],
-        _both(W(), A(rows=144), A(rows=144, lower=2), A(rows=144, lower=4, step=8), A(rows=160, lower=3)),
+        _candidates(W(), A(rows=144), A(rows=144, lower=2), A(rows=144, lower=4, step=8), A(rows=160, lower=3)),
     ),
     "deepseek_v3": (
         SHAPES["prefill_deepseek_v3"],
-        _both(W(rows=64), W(), A(rows=144), A(rows=72, stages=5), A(rows=144, lower=4, step=8), A(rows=160, lower=3)),
+        _candidates(
+            W(rows=64), W(), A(rows=144), A(rows=72, stages=5), A(rows=144, lower=4, step=8), A(rows=160, lower=3)
+        ),
     ),
-    "mixtral": (SHAPES["prefill_mixtral"], _both(W(), A(rows=152), A(rows=160, lower=1))),
-    "120b": (SHAPES["prefill_120b"], _both(W(), A(rows=160), A(rows=160, lower=1), A(rows=176, stages=3))),
+    "mixtral": (SHAPES["prefill_mixtral"], _candidates(W(), A(rows=152), A(rows=160, lower=1))),
+    "120b": (SHAPES["prefill_120b"], _candidates(W(), A(rows=160), A(rows=160, lower=1), A(rows=176, stages=3))),
     "qwen3, few": (SHAPES["decode64_qwen3_30b"], FEW),
     "qwen3, more": (SHAPES["decode256_qwen3_30b"], FEW),
     "deepseek_v3, few": (SHAPES["decode64_deepseek_v3"], FEW),

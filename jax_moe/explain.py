@@ -184,9 +184,9 @@ def _kernels(
         said.append(f"{name}: {chosen}" + (f" ({tile})" if tile else ""))
     text = ", ".join(said)
     if implementation is None and layer.may_gather_ahead(config, parallel):
-        few = jax.ShapeDtypeStruct((tokens_per_rank, width), dtype)
-        index = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        if (chosen := kernels.chosen("gather_gate_up", None, few, index, w_up, sizes, activation, None)) != "reference":
+        x_and_index = jax.ShapeDtypeStruct((tokens_per_rank, width), dtype), jax.ShapeDtypeStruct((rows,), jnp.int32)
+        chosen = kernels.chosen("gather_gate_up", None, *x_and_index, w_up, sizes, activation, None)
+        if chosen != "reference":
             text += f"; without trace rows are gathered while others are multiplied, gather_gate_up: {chosen}"
     if implementation is None and layer.may_fuse(config, parallel):
         shape = jax.ShapeDtypeStruct

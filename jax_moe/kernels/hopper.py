@@ -58,7 +58,9 @@ def _typed_axes(*operands: Any) -> str | None:
 
 def no_product(x: Any, w: Any, *operands: Any) -> str | None:
     """Why the product of these operands is not for the Hopper kernels; None: it is."""
-    (rows, depth), (_, columns, _) = x.shape, w.shape
+    (rows, depth), (experts, columns, _) = x.shape, w.shape
+    if not experts:
+        return "there are no groups"
     if x.dtype not in NARROW or w.dtype != x.dtype:
         return f"operands are {x.dtype} and {w.dtype}: expected both bfloat16 or both float16"
     if depth % 8 or depth < 64:
@@ -118,14 +120,16 @@ def no_routing(array: Any, *operands: Any) -> str | None:
 def no_gather_gate_up(x: Any, index: Any, w: Any, sizes: Any, activation: Activation, bias: Any) -> str | None:
     """Why rows are better gathered before they are multiplied, or have to be; None: while others are multiplied."""
     rows, (experts, outputs, _), tiles = index.shape[0], w.shape, _tiles()
-    if 0 in x.shape or rows < tiles.AHEAD_ROWS * experts:
-        return (
-            f"{rows} rows of {x.shape[0]} tokens for {experts} experts: expected {tiles.AHEAD_ROWS} an expert or more"
-        )
+    gathered = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype)
+    if (reason := no_gate_up(gathered, w, sizes, activation, bias) or _typed_axes(x, index)) is not None:
+        return reason
+    if not x.shape[0]:
+        return "there are no tokens"
+    if rows < tiles.AHEAD_ROWS * experts:
+        return f"{rows} rows for {experts} experts: expected {tiles.AHEAD_ROWS} an expert or more"
     if outputs < tiles.AHEAD_WEIGHTS:
         return f"{outputs} rows of weights an expert: expected {tiles.AHEAD_WEIGHTS} or more"
-    gathered = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype)
-    return no_gate_up(gathered, w, sizes, activation, bias) or _typed_axes(x, index)
+    return None
 
 
 def no_few_tokens(

@@ -13,9 +13,10 @@ So with one CTA on the card, or as many as another stream or process leaves room
 that are claimed are counted; those CTAs finish, and make room for the others, who find everything done. No CTA has to
 be resident for another to go on. What is waited for lies below `total`: a tile's own rows do, units do not reach past a
 block (a power of two of rows that divides it), and a block that `total` cuts is complete with the rows below it. Rows
-from `total` on, and tokens that no index below it names, are neither copied nor read nor waited for; an index out of
-range gives zeros. The counts are this call's own: XLA hands each call zeros, which end with it. Should a wait fail to
-end all the same, it traps: an error in place of a program that hangs.
+from `total` on, and tokens that no index below it names, are neither copied nor waited for; an index out of range gives
+zeros. (TMA reads a box of a tile's whole height: past a small group that is rows of others, here or not yet, whose
+products are not stored.) The counts are this call's own: XLA hands each call zeros, which end with it. Should a wait
+fail to end all the same, it traps: an error in place of a program that hangs.
 
 Order between SMs and proxies: the copying lanes make their stores visible to the card and to TMA (fence.proxy.async,
 fence.acq_rel.gpu), meet, and one of them adds to the count (release); a reader sees the count (acquire), and fences
@@ -34,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_moe.kernels.mosaic_gpu_epilogue import SPLAT, _scalar, ir, llvm, mgpu_utils
+from jax_moe.kernels.mosaic_gpu_epilogue import SPLAT, ir, llvm, mgpu_utils, scalar
 from jax_moe.kernels.schedule import FIELDS
 
 BLOCK = 128  # rows of a count
@@ -99,7 +100,9 @@ class Rows:
             return
 
         def copy(r, carry):
-            self.rows[first + r, :] = self.x[self.index[first + r], :]
+            token, tokens = self.index[first + r], self.x.shape[0]
+            row = self.x[jnp.clip(token, 0, tokens - 1), :]
+            self.rows[first + r, :] = jnp.where((token >= 0) & (token < tokens), row, 0)
             return carry
 
         lax.fori_loop(0, rows, copy, None)
@@ -249,7 +252,7 @@ def copy_rows(x_ref, index_ref, rows_ref, counters_ref, total, *, once: bool = F
         del ctx
         *refs, total = operands
         pointers = [_global(mgpu_utils.memref_ptr(ref)) for ref in refs]
-        _asm(text, [*pointers, _scalar(total)], "l,l,l,l,r")
+        _asm(text, [*pointers, scalar(total)], "l,l,l,l,r")
 
     copy(x_ref, index_ref, rows_ref, counters_ref, total)  # pyright: ignore[reportCallIssue]
 
@@ -261,7 +264,7 @@ def await_rows(counters_ref, first, rows, total) -> None:
     def wait(ctx, counters_ref, *scalars):
         del ctx
         pointer = _global(mgpu_utils.memref_ptr(counters_ref))
-        _asm(WAIT_PTX, [pointer, *map(_scalar, scalars)], "l,r,r,r")
+        _asm(WAIT_PTX, [pointer, *map(scalar, scalars)], "l,r,r,r")
 
     wait(counters_ref, first, rows, total)  # pyright: ignore[reportCallIssue]
 

@@ -3,11 +3,11 @@
 Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
 
 The pipeline is that of mosaic_gpu_grouped_matmul.py with the operands swapped. A CTA's tile is 256 rows of weights by
-`Tile.rows` tokens: each of its two multiplying warpgroups has 128 rows of weights (gated: 64 gate rows and the 64 up
-rows that go with them, so that both halves of a pair are in one thread's registers) and all of the tokens. The token
-side of wgmma may be any multiple of 8, so the height can be chosen just above a half, a third, ... of a group: where
-groups have a few hundred rows, less of their last tile is wasted than with tiles of 128. The accumulator is transposed
-on its way to shared memory, from where whole tiles leave as TMA boxes.
+`Tile.rows` tokens, or by one of several lower heights: each of its two multiplying warpgroups has 128 rows of weights
+(gated: 64 gate rows and the 64 up rows that go with them, so that both halves of a pair are in one thread's registers)
+and all of the tokens. The token side of wgmma may be any multiple of 8, so the height can be chosen just above a half,
+a third, ... of a group: where groups have a few hundred rows, less of their last tile is wasted than with tiles of 128.
+The accumulator is transposed on its way to shared memory, from where whole tiles leave as TMA boxes.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
 from jax_moe.kernels.mosaic_gpu_ahead import Rows
-from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
+from jax_moe.kernels.mosaic_gpu_pipeline import (
     DEPTH,
     compiler_params,
     find_work,
@@ -57,6 +57,12 @@ class Tile:
     stages: int = 4
     band: int = 16
 
+    def __post_init__(self) -> None:
+        if any(height % 8 or not 8 <= height <= 184 for height in self.heights):
+            raise ValueError(f"{self}: its heights are {self.heights}: expected multiples of 8 from 8 to 184")
+        if self.chunk < 8:
+            raise ValueError(f"{self}: {self.stages} stages leave no shared memory for results")
+
     @property
     def heights(self) -> tuple[int, ...]:
         """From the lowest on."""
@@ -77,10 +83,10 @@ class Tile:
 def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
     schedule_ref, x_ref, w_ref, *rest = refs
     bias_ref = rest.pop(0) if has_bias else None
-    rows = None
+    ahead = None
     if has_index:  # the tokens are not multiplied, but their rows
         index_ref, out_ref, rows_ref, *rest = rest
-        rows = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret)
+        ahead = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret)
         x_ref, rest = rows_ref, [out_ref, *rest]
     out_ref, x_smem, w_smem, out_smem, full, empty = rest
     x_load, x_smem = views(x_smem, interpret=interpret)
@@ -111,15 +117,15 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms:
 
         load = functools.partial(
             load_tiles, lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, rows=rows,
+            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, ahead=ahead,
         )  # fmt: skip
-        load() if rows is None else rows.beside(load)
+        load() if ahead is None else ahead.beside(load)
 
     @pl.when(wg < 2)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
-        if rows is not None:
-            rows.begin()
+        if ahead is not None:
+            ahead.begin()
 
         def store_tile(blocks, row, column, height):
             """Blocks of BLOCK columns through shared memory, transposed; zeros where there are none."""
@@ -212,7 +218,7 @@ def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms:
 
             for kind, height in enumerate(tile.heights):  # outside of the loop over depth, each with its own loop
 
-                @pl.when(jnp.logical_not(work.zeros) & (work.height == kind))
+                @pl.when(jnp.logical_not(work.zeros) & (work.kind == kind))
                 def _(height=height):
                     matmul(work, step, height)
 
@@ -257,6 +263,7 @@ def grouped_matmul(
         has_index=index_R is not None, sms=sms, experts=experts, interpret=interpret is not None,
     )  # fmt: skip
     name = "moe_gate_up_any_height" if activation is not None else "moe_grouped_matmul_any_height"
+    name += "" if index_R is None else "_ahead"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
     results = plgpu.kernel(

@@ -73,7 +73,7 @@ def activate(activation, gate: jax.Array, up: jax.Array | None) -> jax.Array:
     return h if up is None else h * up
 
 
-def _scalar(array) -> "ir.Value":
+def scalar(array) -> "ir.Value":
     return array.registers.flat[0]
 
 
@@ -131,7 +131,7 @@ def store_rows(array, out_ref, row, rows, column) -> None:
     def store(ctx, array, out_ref, row, rows, column):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        row, rows, column = _scalar(row), _scalar(rows), _scalar(column)
+        row, rows, column = scalar(row), scalar(rows), scalar(column)
         lane_row, lane_column = _lane_origin()
         at = arith.addi(column, lane_column)
         for half in range(2):
@@ -166,7 +166,7 @@ def store_columns(array, out_ref, row, rows, column) -> None:
     def store(ctx, array, out_ref, row, rows, column):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        row, rows, column = _scalar(row), _scalar(rows), _scalar(column)
+        row, rows, column = scalar(row), scalar(rows), scalar(column)
         lane_row, lane_column = _lane_origin()
         base = _address(out_ref, arith.addi(row, lane_column), arith.addi(column, lane_row))
         for r, n, pair in _pairs(array):
@@ -204,7 +204,7 @@ def store_chosen_columns(array, out_ref, row, tokens, column) -> None:
         del ctx
         i32 = ir.IntegerType.get_signless(32)
         c = lambda v: mgpu_utils.c(v, i32)  # noqa: E731
-        row, tokens, column = _scalar(row), _scalar(tokens), _scalar(column)
+        row, tokens, column = scalar(row), scalar(tokens), scalar(column)
         lane_row, lane_column = _lane_origin()
         first_column = arith.addi(column, lane_row)
         for n in range(0, array.shape[1], 8):

@@ -30,7 +30,7 @@ except ImportError as error:  # pragma: no cover - a jaxlib without the GPU dial
     raise NotImplementedError("this jaxlib has no SCF dialect") from error
 
 THREADS = 128
-BLOCKS = 132  # all of them must run at once; a Hopper card has 132 processors
+BLOCKS = 132  # all of them must run at once, as several of 128 threads do on each processor
 MOST_RANKS = 8  # whose addresses XLA passes to a kernel
 IN_FLIGHT = 8  # loads a thread starts before it stores the first
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
-from jax_moe.kernels.mosaic_gpu_grouped_matmul import (
+from jax_moe.kernels.mosaic_gpu_pipeline import (
     DEPTH,
     compiler_params,
     find_work,

@@ -211,7 +211,8 @@ def gather_gate_up(
       x_tD: (t, D) float32, bfloat16 or float16.
       index_R: (R,) int32, a row of x for each row, sorted by group; zeros where it is out of range.
       w_eMD, group_sizes_e, activation, bias_eM: as for `gate_up`.
-      implementation: None, "reference" or "mosaic_gpu", which gathers rows while it multiplies those before them.
+      implementation: None, "reference" or "mosaic_gpu", which gathers rows while it multiplies those before them; from
+        512 rows a group and 1536 rows of weights on, where it was measured to pay.
 
     Returns:
       (R, F) in the dtype of x; rows past the sum of group_sizes are zeros.
@@ -278,7 +279,7 @@ def gather_rows(
       index_R: (R,) int32.
       position_tK, group_sizes_e: the same map from the other side, both or none: (t, K) int32 rows that each token goes
         to, -1 for none, which fill the first sum(group_sizes) rows. Knowing it, a kernel reads each token once.
-      implementation: None, "reference", "mosaic_gpu" or "triton".
+      implementation: None, "reference" or "triton".
 
     Returns:
       (R, D) in the dtype of x.
@@ -305,7 +306,7 @@ def combine_rows(
       y_RD: (R, D) float32, bfloat16 or float16.
       position_tK: (t, K) int32; -1: this slot has no row here and adds nothing, whatever its weight is.
       weights_tK: (t, K) float32.
-      implementation: None, "reference", "mosaic_gpu" or "triton".
+      implementation: None, "reference" or "triton".
 
     Returns:
       (t, D) float32.

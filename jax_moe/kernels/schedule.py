@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 # A record of the schedule, one per tile: expert, number of the first tile of its group, tiles of its group, first row
-# of its group, rows of its group, tiles in the whole schedule, and two unused words (32 bytes, one memory sector).
+# of its group, rows of its group, tiles in the whole schedule, its tokens as bits (few_tokens alone), and an unused
+# word (32 bytes, one memory sector).
 FIELDS = 8
 
 

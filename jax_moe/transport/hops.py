@@ -4,8 +4,8 @@ Shape suffixes: t rows this rank routes, n rows a rank brings to a hop or has re
 received by this one, K experts per token, N ranks of a hop, W expert width, R rows of this rank's experts.
 
 With one hop, tokens go straight to their experts' ranks. With two they cross to each node that holds any of their
-experts, to the rank with the same place in it, and fan out there. "ragged", "padded" and "one_sided" differ only in a hop's
-lane (see `lanes`).
+experts, to the rank with the same place in it, and fan out there. "ragged", "padded" and "one_sided" differ only in a
+hop's lane (see `lanes`).
 
 Received rows lie by source rank, then in the source's order; after two hops that is by source in the node, then by the
 token's home node, then by token. An expert's rows lie in this order, and a token's by slot. Each rank sums its experts'

@@ -21,6 +21,7 @@ MOSAIC = {"moe_gate_up_small", "moe_grouped_matmul_small"}
 TRITON = {"moe_triton_gate_up", "moe_triton_grouped_matmul"}
 ROWS = {"moe_spread_rows"}
 ALL_ROWS = {"moe_spread_rows", "moe_combine_rows"}
+AHEAD = {"moe_gate_up_any_height_ahead"}
 
 
 def kernels_of(kind, implementation=None, *, batch=False, gradient=False, rows=12, **fields):
@@ -42,7 +43,7 @@ def kernels_of(kind, implementation=None, *, batch=False, gradient=False, rows=1
             run = jax.vmap(run)
             operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), operands)
         program = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    return set(re.findall(r"moe_[a-z_]+[a-z]", program)) & (MOSAIC | TRITON | ALL_ROWS)
+    return set(re.findall(r"moe_[a-z_]+[a-z]", program)) & (MOSAIC | TRITON | ALL_ROWS | AHEAD)
 
 
 @pytest.fixture
@@ -90,8 +91,7 @@ def test_many_rows_an_expert_are_gathered_by_the_product_where_nothing_is_named(
 ):
     on(kind)
     found = kernels_of(kind, implementation, rows=8 * 512 // 3 + 1, **{"intermediate_size": 768, **fields})
-    assert found & ALL_ROWS == rows_moved
-    assert not found & (MOSAIC | TRITON)
+    assert found == (rows_moved or AHEAD)
 
 
 def test_gathering_in_the_product_changes_neither_a_layer_nor_its_gradient(on, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from jax_moe.kernels import mosaic_gpu_any_height as any_height
 from jax_moe.kernels import tiles
-from jax_moe.kernels.mosaic_gpu_grouped_matmul import find_work
+from jax_moe.kernels.mosaic_gpu_pipeline import find_work
 from jax_moe.kernels.schedule import FIELDS, make_schedule, tile_bound
 
 
