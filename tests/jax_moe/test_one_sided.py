@@ -21,7 +21,6 @@ from jax_moe.transport import lanes
 from tests.jax_moe.kernels.problems import CARDS, card
 from tests.jax_moe.layers import SHARED, sharded, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 names_peers = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="kernels of this JAX cannot name a peer's array; those of 0.11 can"
 )

@@ -223,7 +223,6 @@ def test_shapes_that_do_not_fit_are_named():
 
 @pytest.mark.gpu
 @needs_card
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("name", "tokens"), [*zip(LAYERS, (1, 5, 8, 1, 8, 3), strict=True)])
 def test_on_a_card_few_tokens_are_right_and_repeatable(name, tokens):
     config = config_of(name, hidden_size=328, intermediate_size=136)

@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not choice.runs_on_hopper(), reason="needs a GPU of compute capability 9.0"),
     # JAX 0.11 announces that a later version will be without it; then the reference takes over (hopper.no_triton).
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
 ]
 
 SEVERAL = any_height.Tile(rows=144, lower=4, step=8)

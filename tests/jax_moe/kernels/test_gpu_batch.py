@@ -19,7 +19,6 @@ from tests.jax_moe.kernels.test_gpu import TILES
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not choice.runs_on_hopper(), reason="needs a GPU of compute capability 9.0"),
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
 ]
 
 DEPTH, WEIGHT_ROWS, EXPERTS, WATCHED = 200, 272, 3, 4

@@ -14,7 +14,6 @@ from tests.jax_moe.test_one_sided import mesh_of, routings, spmd, there_and_back
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not choice.runs_on_hopper() or len(jax.devices()) < 2, reason="needs two Hopper GPUs"),
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
 ]
 SHAPES = [(64, 2048, jnp.bfloat16), (64, 16, jnp.float32), (1, 1, jnp.bfloat16), (7, 3, jnp.int32), (13, 1, jnp.uint8)]
 

@@ -14,8 +14,6 @@ from jax_moe.kernels import choice, ops
 from tests.jax_moe.kernels.problems import CARDS, card
 from tests.jax_moe.layers import sharded, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
 CAPABILITY = {"A100": "8.0", "L4": "8.9", "H100": "9.0"}
 MOSAIC = {"moe_gate_up_small", "moe_grouped_matmul_small"}
 TRITON = {"moe_triton_gate_up", "moe_triton_grouped_matmul"}

@@ -14,8 +14,6 @@ from jax_moe.kernels.schedule import make_schedule
 from tests.jax_moe.kernels import triton_module
 from tests.jax_moe.kernels.problems import ACTIVATIONS, CARDS, assert_right, card, expected, group_sizes, operands
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-
 SMALL = triton.Tile(rows=16, columns=32)
 
 
