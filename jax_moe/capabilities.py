@@ -22,6 +22,8 @@ CAPABILITIES: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """The parallel modes each transport serves. With experts on one rank, where nothing moves, "local" will do too."""
 
+SLOTTED = ("padded", "one_sided")
+"""Transports with fixed slots for each pair of ranks, which `capacity_factor` caps."""
 ACROSS_NODES: frozenset[str] = frozenset({"ragged", "padded"})
 """Transports that can enter a node once and fan out inside (`ParallelConfig.nodes` > 1)."""
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from jax_moe.capabilities import ACROSS_NODES, CAPABILITIES, TRANSPORT_DTYPES, serving
+from jax_moe.capabilities import ACROSS_NODES, CAPABILITIES, SLOTTED, TRANSPORT_DTYPES, serving
 
 Source = Literal["gate", "logits", "ids"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -249,8 +249,8 @@ class ParallelConfig:
             _fail("ParallelConfig", "nodes", self.nodes, f"a divisor of dp = {self.dp}")
         if self.capacity_factor is not None:
             _number(self, "capacity_factor")
-            if self.transport not in ("padded", "one_sided"):
-                other = f"None with transport {self.transport!r}; it belongs to 'padded' and 'one_sided'"
+            if self.transport not in SLOTTED:
+                other = f"None with transport {self.transport!r}; it belongs to {' and '.join(map(repr, SLOTTED))}"
                 _fail("ParallelConfig", "capacity_factor", self.capacity_factor, other)
             if not 0 < self.capacity_factor < float("inf"):
                 _fail("ParallelConfig", "capacity_factor", self.capacity_factor, "a positive, finite number")

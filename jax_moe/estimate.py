@@ -23,6 +23,7 @@ import functools
 import math
 
 from jax_moe import layer
+from jax_moe.capabilities import SLOTTED
 from jax_moe.config import MoEConfig, ParallelConfig, check
 from jax_moe.transport import bounds
 
@@ -110,7 +111,7 @@ def estimate(config: MoEConfig, parallel: ParallelConfig, tokens_per_rank: int) 
     if tokens_per_rank < 0:
         raise ValueError(f"tokens_per_rank = {tokens_per_rank}: expected 0 or more")
     sizes = [math.prod(parallel.axis_sizes[axis] for axis in axes) for axes in layer.hop_axes(parallel)]
-    if parallel.transport in ("ragged", "padded", "one_sided"):
+    if parallel.transport in ("ragged", *SLOTTED):
         limits = bounds.hops(
             parallel.transport,
             tokens_per_rank,

@@ -18,6 +18,8 @@ CAPABILITIES: Mapping[str, frozenset[str]] = {
 """The parallel modes each transport serves. All but the first two send every rank's tokens as its own, so tp ranks that
 hold the same tokens (SP off) would send them tp times. On one rank `local` also serves expert parallelism."""
 
+SLOTTED = ("padded", "one_sided")
+"""Transports with fixed slots for each pair of ranks, which `capacity_factor` caps."""
 ACROSS_NODES = frozenset({"ragged", "padded"})
 """Transports that can cross nodes first and fan out inside (nodes > 1)."""
 

@@ -9,7 +9,7 @@ import math
 import operator
 from typing import Any, Literal, get_args
 
-from torch_moe.capabilities import ACROSS_NODES, CAPABILITIES, TRANSPORT_DTYPES, serving
+from torch_moe.capabilities import ACROSS_NODES, CAPABILITIES, SLOTTED, TRANSPORT_DTYPES, serving
 
 Source = Literal["gate", "logits", "ids"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -253,7 +253,7 @@ class ParallelConfig:
             )
         if self.dp % self.nodes:
             raise ValueError(f"nodes={self.nodes}: allowed are divisors of dp={self.dp}")
-        for field, owners in (("capacity_factor", ("padded", "one_sided")), ("max_rows", ("ragged",))):
+        for field, owners in (("capacity_factor", SLOTTED), ("max_rows", ("ragged",))):
             value = getattr(self, field)
             if value is not None and name not in owners:
                 allowed = " or ".join(map(repr, owners))

@@ -18,6 +18,7 @@ import functools
 from fractions import Fraction
 from math import comb
 
+from torch_moe.capabilities import SLOTTED
 from torch_moe.config import MoEConfig, ParallelConfig, check
 from torch_moe.params import DTYPES
 from torch_moe.transport import bounds
@@ -139,7 +140,7 @@ def _hops(config: MoEConfig, parallel: ParallelConfig, tokens: int) -> list[_Hop
         levels.insert(0, (parallel.nodes, local * per_node))
     hops, held, arriving, accepted = [], tokens, float(tokens), 1.0
     for ranks, block in levels:
-        if parallel.transport in ("padded", "one_sided"):
+        if parallel.transport in SLOTTED:
             copies = bounds.slots(held, top_k=config.top_k, ranks=ranks, capacity_factor=parallel.capacity_factor)
             held = ranks * copies
             hops.append(_even(ranks, copies, sizes=0, moves=copies > 0))
