@@ -157,10 +157,6 @@ def arguments(given: dict, product: str) -> dict:
     return {"x": given["h" if product == DOWN else "rows"], "w": given[f"w_{product}"], "sizes": given["sizes"]}
 
 
-def schedule_of(sizes: Any, rows: int, tile: int) -> Any:
-    return make_schedule(sizes, rows=rows, tile=tile)
-
-
 def multiply(candidate: Candidate, product: str, rehearse: bool) -> Callable[[dict], jax.Array]:
     """One call, of a dict as `arguments` makes it."""
     activation = SILU if product == GATE_UP else None
@@ -219,7 +215,7 @@ def traced(shape: Shape, candidate: Candidate, product: str, rehearse: bool) -> 
     reason = hopper.no_gate_up(x, w, None, SILU, None) if product == GATE_UP else (
         hopper.no_grouped_matmul(x, w, None, None, x.dtype))  # fmt: skip
     assert reason is None, reason
-    make = functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows)
+    make = functools.partial(make_schedule, rows=shape.rows, tile=candidate.tile.rows)
     given["schedule"] = jax.eval_shape(make, given["sizes"])
     return jax.jit(repeated(multiply(candidate, product, rehearse), calls_of(shape, product))).trace(given)
 
@@ -269,7 +265,7 @@ def work(name: str, rehearse: bool, without: list[str]) -> None:
     worst = jax.jit(_worst_row)
     for key, (candidate, product, program) in compiled.items():
         operands = arguments(given, product)
-        make = jax.jit(functools.partial(schedule_of, rows=shape.rows, tile=candidate.tile.rows))
+        make = jax.jit(functools.partial(make_schedule, rows=shape.rows, tile=candidate.tile.rows))
         operands["schedule"] = make(given["sizes"])
         if product not in want:
             plain = jax.jit(functools.partial(formula, product))

@@ -25,6 +25,7 @@ from jax_moe import trace as traces
 from jax_moe._compat import all_gather_replicated, settle
 from jax_moe._typing import Array, Float, Float32, Int
 from jax_moe.activation import Activation
+from jax_moe.capabilities import SLOTTED
 from jax_moe.config import MoEConfig, ParallelConfig
 from jax_moe.kernels import for_platform, for_rows
 from jax_moe.linear import linear
@@ -380,8 +381,11 @@ def _routed_experts(
     if params.latent is not None:
         x_cW = tap("latent_in", linear(x_cD, params.latent.down).astype(x_cD.dtype))
 
-    held = {"first_expert": first_expert, "num_local_experts": num_local_experts}
-    held["implementation"] = for_rows(implementation)
+    held = {
+        "first_expert": first_expert,
+        "num_local_experts": num_local_experts,
+        "implementation": for_rows(implementation),
+    }
     together = may_gather_ahead(config, parallel) and tap is stages.OFF
     if together and experts.gathers_ahead(x_cW, ids_cK.size, params.experts, activation, implementation):
         handle = transport.local.keep(ids_cK, weights_cK, **held)
@@ -445,7 +449,7 @@ def transport_options(parallel: ParallelConfig) -> dict[str, Any]:
     """What the transport's `dispatch` wants to know of the mesh."""
     if parallel.transport == "ragged":
         return {"hops": hop_axes(parallel), "max_rows": parallel.max_rows}
-    if parallel.transport in ("padded", "one_sided"):
+    if parallel.transport in SLOTTED:
         return {"hops": hop_axes(parallel), "capacity_factor": parallel.capacity_factor}
     return {"axes": gathered_axes(parallel)}
 

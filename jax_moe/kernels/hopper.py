@@ -171,11 +171,8 @@ def gather_gate_up(
     """See `ops.gather_gate_up`."""
 
     def kernel(x_tD: Array, index_R: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
-        rows = index_R.shape[0]
-        pick = _tiles().choose_tile(rows, w_eMD.shape[0], gated=activation.gated)
-        schedule = _schedule(group_sizes_e, rows, pick.tile.rows)
-        options = {"activation": activation, "bias": bias_eM, "tile": pick.tile}
-        return pick.run(x_tD, w_eMD, schedule, index_R=index_R.astype(jnp.int32), **options)
+        gathered = {"index_R": index_R.astype(jnp.int32)}
+        return _on_hopper(x_tD, w_eMD, group_sizes_e, activation, bias_eM, x_tD.dtype, **gathered)
 
     def plain(x_tD: Array, index_R: Array, w_eMD: Array, group_sizes_e: Array, bias_eM: Array | None) -> Array:
         return reference.gather_gate_up(x_tD, index_R, w_eMD, group_sizes_e, activation, bias_eM)
@@ -226,13 +223,16 @@ def _on_hopper(
     activation: Activation | None,
     bias: Array | None,
     _out_dtype: jnp.dtype,
+    **gathered: Array,
 ) -> Array:
-    rows, gated = x_RD.shape[0], activation is not None and activation.gated
+    """`gathered` may have index_R: then x is of tokens, and R is at least a tile."""
+    rows, gated = gathered.get("index_R", x_RD).shape[0], activation is not None and activation.gated
     pick = _tiles().choose_tile(rows, w.shape[0], gated=gated)
-    if rows < pick.tile.rows:  # a load's box must fit into the array; rows past the last group are nobody's
-        x_RD = jnp.pad(x_RD, ((0, pick.tile.rows - rows), (0, 0)))
-    schedule = _schedule(group_sizes_e, x_RD.shape[0], pick.tile.rows)
-    return pick.run(x_RD, w, schedule, activation=activation, bias=bias, tile=pick.tile)[:rows]
+    room = max(rows, pick.tile.rows)  # a load's box must fit into the array; rows past the last group are nobody's
+    if rows < room:
+        x_RD = jnp.pad(x_RD, ((0, room - rows), (0, 0)))
+    schedule = _schedule(group_sizes_e, room, pick.tile.rows)
+    return pick.run(x_RD, w, schedule, activation=activation, bias=bias, tile=pick.tile, **gathered)[:rows]
 
 
 def _in_triton(

@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_moe.kernels.mosaic_gpu_epilogue import SPLAT, ir, llvm, mgpu_utils, scalar
+from jax_moe.kernels.mosaic_gpu_epilogue import SPLAT, global_pointer, ir, llvm, scalar
 from jax_moe.kernels.schedule import FIELDS
 
 BLOCK = 128  # rows of a count
@@ -251,7 +251,7 @@ def copy_rows(x_ref, index_ref, rows_ref, counters_ref, total, *, once: bool = F
     def copy(ctx, *operands):
         del ctx
         *refs, total = operands
-        pointers = [_global(mgpu_utils.memref_ptr(ref)) for ref in refs]
+        pointers = [global_pointer(ref) for ref in refs]
         _asm(text, [*pointers, scalar(total)], "l,l,l,l,r")
 
     copy(x_ref, index_ref, rows_ref, counters_ref, total)  # pyright: ignore[reportCallIssue]
@@ -263,11 +263,7 @@ def await_rows(counters_ref, first, rows, total) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT, SPLAT))
     def wait(ctx, counters_ref, *scalars):
         del ctx
-        pointer = _global(mgpu_utils.memref_ptr(counters_ref))
+        pointer = global_pointer(counters_ref)
         _asm(WAIT_PTX, [pointer, *map(scalar, scalars)], "l,r,r,r")
 
     wait(counters_ref, first, rows, total)  # pyright: ignore[reportCallIssue]
-
-
-def _global(pointer) -> ir.Value:
-    return llvm.addrspacecast(llvm.PointerType.get(1), pointer)

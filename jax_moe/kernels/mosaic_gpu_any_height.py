@@ -20,19 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
-from jax_moe.kernels.mosaic_gpu_ahead import Rows
 from jax_moe.kernels.mosaic_gpu_pipeline import (
     DEPTH,
-    compiler_params,
     find_work,
     gate_layout,
+    launch,
     load_tiles,
-    named,
-    operand_memory,
-    sm_count,
     transposed,
     views,
-    weight_operands,
 )
 
 BLOCK = 64  # columns of the result in a block: one wgmma's rows of weights
@@ -80,15 +75,10 @@ class Tile:
         return [(first, min(self.chunk, height - first)) for first in range(0, height, self.chunk)]
 
 
-def _kernel(*refs, tile: Tile, activation, has_bias: bool, has_index: bool, sms: int, experts: int, interpret: bool):
-    schedule_ref, x_ref, w_ref, *rest = refs
-    bias_ref = rest.pop(0) if has_bias else None
-    ahead = None
-    if has_index:  # the tokens are not multiplied, but their rows
-        index_ref, out_ref, rows_ref, *rest = rest
-        ahead = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret)
-        x_ref, rest = rows_ref, [out_ref, *rest]
-    out_ref, x_smem, w_smem, out_smem, full, empty = rest
+def _kernel(
+    schedule_ref, x_ref, w_ref, bias_ref, out_ref, x_smem, w_smem, out_smem, full, empty,
+    *, ahead, tile: Tile, activation, sms: int, experts: int, interpret: bool,
+) -> None:  # fmt: skip
     x_load, x_smem = views(x_smem, interpret=interpret)
     w_load, w_smem = views(w_smem, interpret=interpret)
     out_store, out_smem = views(out_smem, interpret=interpret)
@@ -254,33 +244,7 @@ def grouped_matmul(
     Returns:
       (R, N), gated (R, F), in x's dtype. Rows past the last group are zeros.
     """
-    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
-    experts, gated = w.shape[0], gate_layout(activation) is not None
-    weights, columns = weight_operands(w, bias, activation, past=256)
-    sms = sm_count() if interpret is None else 2
-    body = functools.partial(
-        _kernel, tile=tile, activation=activation, has_bias=bias is not None,
-        has_index=index_R is not None, sms=sms, experts=experts, interpret=interpret is not None,
+    return launch(
+        _kernel, x_RD, w, schedule, activation=activation, bias=bias, index_R=index_R, tile=tile, interpret=interpret,
+        results=(2, tile.chunk, BLOCK), suffix="_any_height",
     )  # fmt: skip
-    name = "moe_gate_up_any_height" if activation is not None else "moe_grouped_matmul_any_height"
-    name += "" if index_R is None else "_ahead"
-    memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
-    types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
-    results = plgpu.kernel(
-        named(body, name),
-        out_type=types[: 1 if index_R is None else 2],
-        scratch_types=[
-            memory((tile.stages, tile.rows, DEPTH)),
-            memory((tile.stages, 256, DEPTH)),
-            memory((2, tile.chunk, BLOCK)),
-            plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-        ],
-        grid=(sms,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
-        interpret=interpret,
-        compiler_params=compiler_params(interpret),
-    )(schedule, x_RD, *weights, *([] if index_R is None else [index_R]))
-    return results[0]

@@ -73,6 +73,11 @@ def activate(activation, gate: jax.Array, up: jax.Array | None) -> jax.Array:
     return h if up is None else h * up
 
 
+def global_pointer(ref) -> "ir.Value":
+    """Where a reference to global memory begins."""
+    return llvm.addrspacecast(llvm.PointerType.get(1), mgpu_utils.memref_ptr(ref))
+
+
 def scalar(array) -> "ir.Value":
     return array.registers.flat[0]
 

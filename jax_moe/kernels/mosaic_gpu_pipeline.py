@@ -1,4 +1,4 @@
-"""What the products for Hopper share: shared memory seen two ways, the work list, the loading warpgroup, operands.
+"""What the products for Hopper share: memory seen two ways, work list, loading warpgroup, operands, launch.
 
 Shape suffixes: R rows sorted by expert, e experts, D depth, N output columns, F activated columns.
 """
@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_moe.kernels.mosaic_gpu_ahead import Rows
 from jax_moe.kernels.schedule import FIELDS
 
 DEPTH = 64  # columns, of two bytes each, in the 128 bytes of one swizzle atom
@@ -205,3 +206,55 @@ def compiler_params(interpret) -> plgpu.CompilerParams:
         unsafe_no_auto_barriers=interpret is None,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
+
+
+def launch(
+    kernel, x_RD: jax.Array, w: jax.Array, schedule: jax.Array,
+    *, activation, bias: jax.Array | None, index_R: jax.Array | None, tile, interpret, results: tuple[int, ...],
+    suffix: str = "",
+) -> jax.Array:  # fmt: skip
+    """A kernel of two multiplying warpgroups and one that loads, with tiles of 256 rows of weights.
+
+    Args:
+      kernel: of refs (schedule, x, weights, bias or None, result, the three stages of shared memory, barriers full and
+        empty), the rows on their way or None as `ahead`, and the launch: tile, activation, sms, experts, interpret.
+      results: shape of the shared memory that results pass through.
+      suffix: of the kernel's name.
+
+    The others are those of a product.
+    """
+    rows = x_RD.shape[0] if index_R is None else index_R.shape[0]
+    experts, gated = w.shape[0], gate_layout(activation) is not None
+    weights, columns = weight_operands(w, bias, activation, past=256)
+    sms = sm_count() if interpret is None else 2
+    fixed = {"tile": tile, "activation": activation, "sms": sms, "experts": experts, "interpret": interpret is not None}
+
+    def body(schedule_ref, x_ref, w_ref, *rest):
+        bias_ref, rest = (None, rest) if bias is None else (rest[0], rest[1:])
+        ahead = None
+        if index_R is not None:  # the tokens are not multiplied, but their rows
+            index_ref, out_ref, rows_ref, *rest = rest
+            ahead = Rows.of(x_ref, index_ref, rows_ref, schedule_ref, experts=experts, interpret=interpret is not None)
+            x_ref, rest = rows_ref, [out_ref, *rest]
+        kernel(schedule_ref, x_ref, w_ref, bias_ref, *rest, ahead=ahead, **fixed)
+
+    name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
+    memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
+    types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
+    return plgpu.kernel(
+        named(body, name + suffix + ("" if index_R is None else "_ahead")),
+        out_type=types[: 1 if index_R is None else 2],
+        scratch_types=[
+            memory((tile.stages, tile.rows, DEPTH)),
+            memory((tile.stages, 256, DEPTH)),
+            memory(results),
+            plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        ],
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=compiler_params(interpret),
+    )(schedule, x_RD, *weights, *([] if index_R is None else [index_R]))[0]

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe._compat import varying_axes
 from jax_moe.kernels import hopper
-from jax_moe.kernels.mosaic_gpu_epilogue import arith, gpu, ir, llvm, mgpu_utils
+from jax_moe.kernels.mosaic_gpu_epilogue import arith, global_pointer, gpu, ir, llvm, mgpu_utils
 
 try:
     from jax._src.lib.mlir.dialects import scf
@@ -147,7 +147,7 @@ def _copy(source, target, grid: int) -> None:
         i64 = ir.IntegerType.get_signless(64)
         piece = ir.VectorType.get((width // 4,), i32) if width > 4 else ir.IntegerType.get_signless(8 * width)
         c = lambda v: mgpu_utils.c(v, index)  # noqa: E731
-        pointers = [llvm.addrspacecast(llvm.PointerType.get(1), mgpu_utils.memref_ptr(ref)) for ref in (source, target)]
+        pointers = [global_pointer(ref) for ref in (source, target)]
         thread = arith.addi(arith.muli(gpu.block_id(gpu.Dimension.x), c(THREADS)), gpu.thread_id(gpu.Dimension.x))
         stride = grid * THREADS
 

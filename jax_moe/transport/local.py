@@ -35,9 +35,8 @@ def dispatch(
 ) -> tuple[Float[Array, "R W"], base.Handle]:
     """See `base.Transport.dispatch`; `axes` is empty."""
     assert not axes, "the local transport moves nothing"
-    plan = plans.make_plan(
-        topk_ids_tK, first_expert=first_expert, num_local_experts=num_local_experts, implementation=implementation
-    )
+    options = {"first_expert": first_expert, "num_local_experts": num_local_experts, "implementation": implementation}
+    plan = keep(topk_ids_tK, topk_weights_tK, **options).plan
     return base.take_rows(
         x_tW, topk_weights_tK, plan, axes=(), weight_on_input=weight_on_input, implementation=implementation
     )
