@@ -43,6 +43,7 @@ class Tile:
       lower: how many lower heights there are, `step`, 2 * `step`, ... below; each tile takes one of them.
       step: rows between two heights, a multiple of 8.
       stages: stages of the ring of operands.
+      together: how many of them are loaded at a time: 2 reads weights faster, and leaves the ring less of a reserve.
       band: tiles of rows that are walked together before the next column of weights.
     """
 
@@ -50,11 +51,14 @@ class Tile:
     lower: int = 0
     step: int = 16
     stages: int = 4
+    together: int = 1
     band: int = 16
 
     def __post_init__(self) -> None:
         if any(height % 8 or not 8 <= height <= 184 for height in self.heights):
             raise ValueError(f"{self}: its heights are {self.heights}: expected multiples of 8 from 8 to 184")
+        if not 1 <= self.together <= self.stages // 2:
+            raise ValueError(f"{self}: {self.together} stages at a time: expected 1 to half of {self.stages}")
         if self.chunk < 8:
             raise ValueError(f"{self}: {self.stages} stages leave no shared memory for results")
 
@@ -107,7 +111,8 @@ def _kernel(
 
         load = functools.partial(
             load_tiles, lambda i: find(sm + i * sms), trips, x_ref, w_ref, x_load, w_load, full, empty,
-            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, ahead=ahead,
+            heights=tile.heights, parts=parts, layout=layout, k_tiles=k_tiles, stages=stages, together=tile.together,
+            ahead=ahead,
         )  # fmt: skip
         load() if ahead is None else ahead.beside(load)
 

@@ -126,45 +126,52 @@ def weight_tile(w_ref, expert, part, column, columns, k, layout):
 
 def load_tiles(
     find, trips, x_ref, w_ref, x_load, w_load, full, empty,
-    *, heights: tuple[int, ...], parts: int, layout, k_tiles: int, stages: int, ahead=None,
+    *, heights: tuple[int, ...], parts: int, layout, k_tiles: int, stages: int, together: int = 1, ahead=None,
 ) -> None:  # fmt: skip
     """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages.
 
-    Rows that are being gathered (`ahead`) are waited for.
+    `together` stages are filled at a time: what they have of a row lies side by side in memory, and is asked for side by
+    side. Rows that are being gathered (`ahead`) are waited for.
     """
     out_columns = 256 // parts
 
     def item(i, step):
         work = find(i)
-        steps = jnp.where(work.zeros, 0, k_tiles)
         if ahead is not None:
             ahead.wait(work)
 
-        def load(k, step, height):
-            slot = lax.rem(step, jnp.int32(stages))
+        def load(k, count: int, height: int):
+            """Stages k to k + count - 1 of the tile."""
+            slots = [lax.rem(step + k + n, jnp.int32(stages)) for n in range(count)]
+            for n, slot in enumerate(slots):
 
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
+                @pl.when(step + k + n >= stages)
+                def _(slot=slot):
+                    plgpu.barrier_wait(empty.at[slot])
 
-            source = x_ref.at[pl.ds(work.row, height), pl.ds(k * DEPTH, DEPTH)]
-            target = x_load.at[slot] if len(heights) == 1 else x_load.at[slot, pl.ds(0, height)]
-            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+            for n, slot in enumerate(slots):
+                source = x_ref.at[pl.ds(work.row, height), pl.ds((k + n) * DEPTH, DEPTH)]
+                target = x_load.at[slot] if len(heights) == 1 else x_load.at[slot, pl.ds(0, height)]
+                plgpu.copy_gmem_to_smem(source, target, full.at[slot])
             for part in range(parts):
-                plgpu.copy_gmem_to_smem(
-                    weight_tile(w_ref, work.expert, part, work.column * out_columns, out_columns, k, layout),
-                    w_load.at[slot, pl.ds(part * out_columns, out_columns)],
-                    full.at[slot],
-                )
-            return step + 1
+                for n, slot in enumerate(slots):
+                    column = work.column * out_columns
+                    source = weight_tile(w_ref, work.expert, part, column, out_columns, k + n, layout)
+                    target = w_load.at[slot, pl.ds(part * out_columns, out_columns)]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+        def tile(height: int):
+            def some(number, carry):
+                load(number * together, together, height)
+                return carry
+
+            lax.fori_loop(0, k_tiles // together, some, None)
+            if rest := k_tiles % together:
+                load(jnp.int32(k_tiles - rest), rest, height)  # a box may reach past the depth; static ones may not
 
         for kind, height in enumerate(heights):
-
-            @pl.when(work.kind == kind)
-            def _(height=height):
-                lax.fori_loop(0, steps, functools.partial(load, height=height), step)
-
-        return step + steps
+            pl.when(jnp.logical_not(work.zeros) & (work.kind == kind))(functools.partial(tile, height))
+        return step + jnp.where(work.zeros, 0, k_tiles)
 
     step = lax.fori_loop(0, trips, item, jnp.int32(0))
 

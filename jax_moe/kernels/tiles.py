@@ -40,7 +40,8 @@ class Choice:
             return f"tiles of {self.tile.rows} rows"
         *lower, highest = map(str, self.tile.heights)
         heights = f"{', '.join(lower)} or {highest}" if lower else highest
-        return f"256 rows of weights by {heights} tokens"
+        words = f"256 rows of weights by {heights} tokens"
+        return words if self.tile.together == 1 else f"{words}, {self.tile.together} stages loaded at a time"
 
     def __str__(self) -> str:
         return f"{self.words}; from {self.measured} rows an expert"
@@ -55,14 +56,15 @@ TABLE: tuple[tuple[float, Choice, Choice], ...] = (
     (1.5, *_same(small.Tile(rows=8), "H100, 2026-11-24: 0.06, 1")),
     (12, *_same(small.Tile(rows=16), "H100, 2026-11-24: 2, 4")),
     (64, *_same(small.Tile(rows=32), "H100, 2026-11-24: 16, 24, 48")),
-    (
-        180,
-        Choice(any_height.Tile(rows=144), "H200, 2026-11-28: 128"),
-        Choice(wide.Tile(rows=64), "H100, 2026-11-28: 128"),
-    ),
+    (180, *_same(any_height.Tile(rows=144, together=2), "H100, 2026-11-28: 128")),
     (360, *_same(any_height.Tile(rows=144, lower=4, step=8), "H100, 2026-11-28: 256")),
-    (720, Choice(any_height.Tile(rows=136), "H200, 2026-11-28: 512"), Choice(wide.Tile(), "H200, 2026-11-28: 512")),
-    (float("inf"), *_same(wide.Tile(), "H200, 2026-11-28: 1024, 2048")),
+    (
+        720,
+        Choice(any_height.Tile(rows=136), "H200, 2026-11-28: 512"),
+        Choice(any_height.Tile(rows=176, lower=3), "H100, 2026-11-28: 512"),
+    ),
+    (1440, Choice(wide.Tile(), "H200, 2026-11-28: 1024"), Choice(any_height.Tile(rows=176), "H100, 2026-11-28: 1024")),
+    (float("inf"), *_same(wide.Tile(), "H200, 2026-11-28: 2048")),
 )
 
 # Rows are gathered while others are multiplied from so many rows an expert on, and so many rows of weights: with fewer

@@ -35,18 +35,20 @@ TILES = {
     "128 rows": (wide, wide.Tile()),
     "64 rows": (wide, wide.Tile(rows=64)),
     "136 rows": (any_height, any_height.Tile(rows=136)),
-    "144 rows": (any_height, any_height.Tile(rows=144)),
+    "144 rows, by two stages": (any_height, any_height.Tile(rows=144, together=2)),
+    "176 rows": (any_height, any_height.Tile(rows=176)),
+    "128, 144, 160 and 176 rows": (any_height, any_height.Tile(rows=176, lower=3)),
     "112, 120, ... 144 rows": (any_height, SEVERAL),
     **{f"{rows} tokens": (small, small.Tile(rows=rows)) for rows in (8, 16, 32, 64, 128)},
     **{f"triton, {tile.rows} rows": (triton, tile) for _, tile in triton.TABLE},
 }
 
 
-def check(kernel, tile, kind, activation, bias, dtype=jnp.bfloat16):
+def check(kernel, tile, kind, activation, bias, dtype=jnp.bfloat16, depth=200):
     """Compiles and runs one problem twice: right by row, zeros past the end, and the same bits again."""
     spare = 0 if kind == "everything in one" else tile.rows + 37
     weight_rows = 272 if activation is not None and activation.gated else 264
-    x, w, sizes, b = operands(group_sizes(kind, tile.rows), 200, weight_rows, spare=spare, bias=bias, dtype=dtype)
+    x, w, sizes, b = operands(group_sizes(kind, tile.rows), depth, weight_rows, spare=spare, bias=bias, dtype=dtype)
 
     @jax.jit
     def run(x, w, sizes, b):
@@ -63,7 +65,9 @@ def test_every_tile_is_right_at_every_edge(name):
     problems = [(kind, None, kind == "edges") for kind in KINDS] + [(kind, SILU, kind == "edges") for kind in KINDS]
     problems += [("edges", activation, True) for activation in ACTIVATIONS.values()]
     problems += [("edges", None, True, jnp.float16), ("mostly empty", SILU, False, jnp.float16)]
-    if TILES[name][1] is SEVERAL:  # five bodies to compile, and a test of their own below
+    problems.append(("edges", SILU, True, jnp.bfloat16, 328))  # six stages in place of four
+    problems.append(("edges", None, False, jnp.bfloat16, 136))  # three
+    if getattr(TILES[name][1], "lower", 0):  # several bodies to compile; a test of their own is below
         problems = problems[2::3]
     with ThreadPoolExecutor(8) as pool:  # most of the time is compiling
         for done in [pool.submit(check, *TILES[name], *problem) for problem in problems]:

@@ -78,9 +78,11 @@ def test_the_tiles_of_a_group_share_out_its_rows_at_the_heights_there_are(tile, 
         (8, 128, 8, 8),
         (512, 128, 16, 16),
         (2048, 128, 32, 32),
-        (32768, 256, 144, 64),
+        (32768, 256, 144, 144),
         (32768, 128, 144, 144),
-        (65536, 128, 136, 128),
+        (65536, 128, 136, 176),
+        (8192, 8, 128, 176),
+        (262144, 128, 128, 128),
     ],
 )
 def test_the_mean_rows_of_an_expert_and_the_product_decide_the_tile(rows, experts, with_gate, without):
@@ -98,7 +100,7 @@ def test_every_tile_says_what_measurement_it_came_from():
     said = [str(tiles.choose_tile(65536, 128, gated=gated)) for gated in (True, False)]
     assert said == [
         "256 rows of weights by 136 tokens; from H200, 2026-11-28: 512 rows an expert",
-        "tiles of 128 rows; from H200, 2026-11-28: 512 rows an expert",
+        "256 rows of weights by 128, 144, 160 or 176 tokens; from H100, 2026-11-28: 512 rows an expert",
     ]
     for _, *choices in tiles.TABLE:
         for choice in choices:
