@@ -130,8 +130,8 @@ def load_tiles(
 ) -> None:  # fmt: skip
     """The loading warpgroup: operands of `find(0)`, `find(1)`, ..., through the ring of stages.
 
-    `together` stages are filled at a time: what they have of a row lies side by side in memory, and is asked for side by
-    side. Rows that are being gathered (`ahead`) are waited for.
+    `together` stages are filled at a time: what they have of a row lies side by side in memory, and is asked for so.
+    Rows that are being gathered (`ahead`) are waited for.
     """
     out_columns = 256 // parts
 
