@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jax_moe import kernels
 from jax_moe._typing import Array, Int, Int32
+from jax_moe.kernels.schedule import rows_bound as rows_bound
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +42,6 @@ class Plan:
     position_tK: Int32[Array, "t K"]
 
 
-def rows_bound(num_tokens: int, top_k: int, num_local_experts: int) -> int:
-    """R: the most rows these tokens can have here, their experts being distinct."""
-    return num_tokens * min(top_k, num_local_experts)
-
-
 def make_plan(
     topk_ids_tK: Int[Array, "t K"],
     *,
@@ -63,17 +59,12 @@ def make_plan(
       implementation: of the kernels.
 
     Returns:
-      A `Plan` with R = t * min(K, e).
+      A `Plan` with R = rows_bound(t, K, e).
     """
-    t, top_k = topk_ids_tK.shape
-    num_pairs, rows = t * top_k, rows_bound(t, top_k, num_local_experts)
-    position_tK, group_sizes_e = kernels.plan_rows(
+    top_k = topk_ids_tK.shape[1]
+    position_tK, group_sizes_e, pair_R = kernels.plan_rows(
         topk_ids_tK, first_expert, num_local_experts=num_local_experts, implementation=implementation
     )
-    # The same map from the side of the rows. Pairs without a row are dropped: R is out of range.
-    target = jnp.where(position_tK >= 0, position_tK, rows).reshape(num_pairs)
-    pair = jnp.arange(num_pairs, dtype=jnp.int32)
-    pair_R = jnp.full((rows,), -1, jnp.int32).at[target].set(pair, mode="drop")
     return Plan(
         group_sizes_e=group_sizes_e,
         row_token_R=jnp.where(pair_R >= 0, pair_R // top_k, -1),

@@ -337,7 +337,7 @@ def choose_experts(
     return run(logits_tE, bias_E)
 
 
-def plan_rows(topk_ids_tK: Array, first_expert: Array | int, num_local_experts: int) -> tuple[Array, Array]:
+def plan_rows(topk_ids_tK: Array, first_expert: Array | int, num_local_experts: int) -> tuple[Array, Array, Array]:
     """See `ops.plan_rows`."""
     from jax_moe.kernels import triton_routing
 

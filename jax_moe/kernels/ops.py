@@ -361,17 +361,18 @@ def plan_rows(
     *,
     num_local_experts: int,
     implementation: str | None = None,
-) -> tuple[Int32[Array, "t K"], Int32[Array, " e"]]:
+) -> tuple[Int32[Array, "t K"], Int32[Array, " e"], Int32[Array, " R"]]:
     """The row of each pair when those of this rank's experts are sorted by expert, then token, then slot.
 
     Args:
-      topk_ids_tK: (t, K) global expert ids.
+      topk_ids_tK: (t, K) global expert ids, distinct within a token.
       first_expert: first of this rank's experts; may be traced.
       num_local_experts: e.
       implementation: None, "reference" or "triton".
 
     Returns:
-      position (t, K) int32, -1 for pairs of other ranks, and group sizes (e,) int32.
+      position (t, K) int32, -1 for pairs of other ranks; group sizes (e,) int32; and the same map from the side of the
+      rows, pair (R,) int32, R = t * min(K, e): token * K + slot of each row, -1 past the last.
 
     Raises:
       NotImplementedError: the named implementation does not exist.

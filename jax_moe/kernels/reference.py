@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax_moe import activation as activations
 from jax_moe._compat import match_varying
 from jax_moe._typing import Array, Float, Float32, Int, Int32
+from jax_moe.kernels.schedule import rows_bound
 from jax_moe.linear import contract, operand
 
 
@@ -186,11 +187,8 @@ def chosen_experts(
     activation: activations.Activation,
 ) -> Float32[Array, "t W"]:
     """`few_tokens` for a choice that has been made."""
-    tokens, top_k = ids_tK.shape
-    position_tK, group_sizes_E = plan_rows(ids_tK, 0, w_EMW.shape[0])
-    pair = jnp.arange(tokens * top_k, dtype=jnp.int32)
-    token_R = jnp.zeros_like(pair).at[position_tK.reshape(-1)].set(pair // top_k, unique_indices=True)
-    h_RF = gate_up(gather_rows(x_tW, token_R), w_EMW, group_sizes_E, activation, bias_EM)
+    position_tK, group_sizes_E, pair_R = plan_rows(ids_tK, 0, w_EMW.shape[0])
+    h_RF = gate_up(gather_rows(x_tW, pair_R // ids_tK.shape[1]), w_EMW, group_sizes_E, activation, bias_EM)
     return combine_rows(grouped_matmul(h_RF, w_EWF, group_sizes_E, bias_EW, x_tW.dtype), position_tK, weights_tK)
 
 
@@ -201,9 +199,9 @@ def _scores(logits_tE: Float[Array, "t E"], scoring: str) -> Float32[Array, "t E
 
 def plan_rows(
     topk_ids_tK: Int[Array, "t K"], first_expert: Int32[Array, ""] | int, num_local_experts: int
-) -> tuple[Int32[Array, "t K"], Int32[Array, " e"]]:
+) -> tuple[Int32[Array, "t K"], Int32[Array, " e"], Int32[Array, " R"]]:
     """See `ops.plan_rows`."""
-    num_pairs = topk_ids_tK.size
+    (num_tokens, top_k), num_pairs = topk_ids_tK.shape, topk_ids_tK.size
     local_tK = topk_ids_tK.astype(jnp.int32) - first_expert
     here_tK = (local_tK >= 0) & (local_tK < num_local_experts)
     # Pairs that are not here share one key that sorts last and is in no group.
@@ -214,7 +212,8 @@ def plan_rows(
     row = jnp.arange(num_pairs, dtype=jnp.int32)
     is_row = row < jnp.sum(group_sizes_e)
     position = jnp.zeros_like(row).at[pair].set(jnp.where(is_row, row, -1), unique_indices=True)
-    return position.reshape(topk_ids_tK.shape), group_sizes_e
+    pair_R = jnp.where(is_row, pair, -1)[: rows_bound(num_tokens, top_k, num_local_experts)]
+    return position.reshape(topk_ids_tK.shape), group_sizes_e, pair_R
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

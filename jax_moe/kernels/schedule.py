@@ -24,6 +24,11 @@ from jax import lax
 FIELDS = 8
 
 
+def rows_bound(num_tokens: int, top_k: int, num_local_experts: int) -> int:
+    """R: the most rows these tokens can have here, their experts being distinct."""
+    return num_tokens * min(top_k, num_local_experts)
+
+
 def tile_bound(rows: int, experts: int, tile: int) -> int:
     """The most tiles a schedule can have: every group, and the zeros at the end, may end in a partial tile."""
     return rows // tile + min(experts + 1, rows)

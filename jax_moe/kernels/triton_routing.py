@@ -2,9 +2,13 @@
 
 Shape suffixes: t tokens, E experts, K experts per token, e experts of this rank, N = t * K pairs, B blocks of pairs.
 
-A pair's row is the number of pairs that come before it by (expert, pair). For few pairs each program counts that
-directly. For many, blocks of pairs are counted by expert, the counts are summed over blocks, and a pair adds its rank
-in its own block: three passes over the ids, no sort, no atomics, the order of a stable sort.
+A pair's row is the number of pairs that come before it by (expert, pair); a pair that is not here counts as one of an
+expert past the last, so the rows of all pairs are distinct. For few pairs each program counts that directly. For many,
+blocks of pairs are counted by expert, the counts are summed over blocks, and a pair adds its rank in its own block:
+three passes over the ids, no sort, no atomics, the order of a stable sort.
+
+Within a block 32 pairs are compared at once. Bit b of their experts is one word, a plane; a few bitwise operations for
+each plane give the pairs of an expert, or those up to it, as the bits of a word, which are then counted.
 """
 
 import functools
@@ -15,11 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jax_moe.kernels.schedule import FIELDS, tile_bound
+from jax_moe.kernels.schedule import FIELDS, rows_bound, tile_bound
 
 _WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 SMALL = 2048  # pairs up to which every program counts all of them
-BLOCK = 256  # pairs of a block beyond that
+WORD = 32  # pairs compared at once beyond that
+BLOCK = 4 * WORD  # pairs of a block: one warp's, so that no plane leaves its registers
 
 
 def _power_of_two(n: int) -> int:
@@ -223,24 +228,31 @@ def route(
     )(*operands)  # fmt: skip
 
 
-def _local(ids_ref, first_ref, pair, pairs, experts):
-    """Local expert of pairs, `experts` for those that are not here, and a larger number past the last pair."""
+def _local(ids_ref, first_ref, pair, experts):
+    """Local expert of pairs, `experts` for those that are not here, and past the last pair."""
+    (pairs,) = ids_ref.shape
     ids = plt.load(ids_ref.at[pair], mask=pair < pairs, other=0) - first_ref[0]
-    ids = jnp.where((ids >= 0) & (ids < experts), ids, experts)
-    return jnp.where(pair < pairs, ids, experts + 1)
+    return jnp.where((ids >= 0) & (ids < experts) & (pair < pairs), ids, experts)
 
 
-def _small_plan_kernel(ids_ref, first_ref, position_ref, sizes_ref, *, experts, block, chunk):
+def _store_rows(position_ref, pair_ref, pair, row, here):
+    """Both sides of the map. Rows of pairs that are not here come last: there is no pair in them."""
+    there = pair < position_ref.shape[0]
+    plt.store(position_ref.at[pair], jnp.where(here, row, -1), mask=there)
+    plt.store(pair_ref.at[row], jnp.where(here, pair, -1), mask=there & (row < pair_ref.shape[0]))
+
+
+def _small_plan_kernel(ids_ref, first_ref, position_ref, sizes_ref, pair_ref, *, experts, block, chunk):
     (pairs,) = ids_ref.shape
     lane = lax.iota(jnp.int32, block)
     pair = pl.program_id(0) * block + lane
-    mine = _local(ids_ref, first_ref, pair, pairs, experts)
+    mine = _local(ids_ref, first_ref, pair, experts)
     expert = pl.program_id(0) * block + lane
 
     def count(c, carry):
         before, size = carry
         other_pair = c * chunk + lax.iota(jnp.int32, chunk)
-        other = _local(ids_ref, first_ref, other_pair, pairs, experts)
+        other = _local(ids_ref, first_ref, other_pair, experts)
         less = other[None, :] < mine[:, None]
         earlier = (other[None, :] == mine[:, None]) & (other_pair[None, :] < pair[:, None])
         before += jnp.sum((less | earlier).astype(jnp.int32), axis=1)
@@ -249,114 +261,141 @@ def _small_plan_kernel(ids_ref, first_ref, position_ref, sizes_ref, *, experts, 
 
     zero = jnp.zeros((block,), jnp.int32)
     before, size = lax.fori_loop(0, pl.cdiv(pairs, chunk), count, (zero, zero))
-    plt.store(position_ref.at[pair], jnp.where(mine < experts, before, -1), mask=pair < pairs)
+    _store_rows(position_ref, pair_ref, pair, before, mine < experts)
     plt.store(sizes_ref.at[expert], size, mask=expert < experts)
 
 
-def _count_kernel(ids_ref, first_ref, count_ref, *, experts, block):
-    (pairs,) = ids_ref.shape
-    pair = pl.program_id(0) * block + lax.iota(jnp.int32, block)
-    mine = _local(ids_ref, first_ref, pair, pairs, experts)
-    chunk = 32
-    for c in range(pl.cdiv(experts, chunk)):
-        expert = c * chunk + lax.iota(jnp.int32, chunk)
-        count = jnp.sum((mine[:, None] == expert[None, :]).astype(jnp.int32), axis=0)
-        plt.store(count_ref.at[expert, pl.program_id(0)], count, mask=expert < experts)
+def _words(ids_ref, first_ref, experts):
+    """Of each word of this program's block: pairs and their local experts, a lane each, and the planes, scalars."""
+    lane = lax.iota(jnp.int32, WORD)
+    for word in range(BLOCK // WORD):
+        pair = pl.program_id(0) * BLOCK + word * WORD + lane
+        mine = _local(ids_ref, first_ref, pair, experts)
+        yield pair, mine, [jnp.sum(jnp.where(mine & (1 << b), 1 << lane, 0)) for b in range(experts.bit_length())]
 
 
-def _scan_kernel(count_ref, before_ref, sizes_ref):
+def _bits(value, planes):
+    """For each plane its bit of every value, all over a word."""
+    return [-((value >> b) & 1) for b in range(len(planes))]
+
+
+def _equal(planes, value):
+    """The pairs of a word whose expert is `value`, as bits."""
+    equal = jnp.full(value.shape, -1, jnp.int32)
+    for plane, own in zip(planes, _bits(value, planes), strict=True):
+        equal &= ~(plane ^ own)
+    return equal
+
+
+def _up_to(planes, value):
+    """The pairs of a word whose expert is `value` or less, as bits: those where value - expert does not borrow."""
+    fits = jnp.full(value.shape, -1, jnp.int32)
+    for plane, own in zip(planes, _bits(value, planes), strict=True):
+        fits = (own & ~plane) | (fits & (own | ~plane))
+    return fits
+
+
+def _count_kernel(ids_ref, first_ref, up_to_ref, *, experts):
+    words = list(_words(ids_ref, first_ref, experts))
+    for start in range(0, experts, WORD):
+        expert = start + lax.iota(jnp.int32, WORD)
+        counts = [lax.population_count(_up_to(planes, expert)) for _, _, planes in words]
+        count = functools.reduce(jnp.add, counts)
+        plt.store(up_to_ref.at[expert, pl.program_id(0)], count, mask=expert < experts)
+
+
+def _scan_kernel(up_to_ref, first_row_ref, sizes_ref):
+    """For one expert, or the one past the last: its first row in each block, and its rows in all.
+
+    Pairs up to the expert before, summed over blocks, are the rows in front of its own.
+    """
     expert = pl.program_id(0)
-    blocks = count_ref.shape[1]
-    index = lax.iota(jnp.int32, _power_of_two(blocks))
-    count = plt.load(count_ref.at[expert, index], mask=index < blocks, other=0)
-    plt.store(before_ref.at[expert, index], jnp.cumsum(count) - count, mask=index < blocks)
-    sizes_ref[expert] = jnp.sum(count)
+    experts, blocks = up_to_ref.shape
+    block = lax.iota(jnp.int32, _power_of_two(blocks))
+    real = block < blocks
+    less = plt.load(up_to_ref.at[jnp.maximum(expert - 1, 0), block], mask=real & (expert > 0), other=0)
+    up_to = plt.load(up_to_ref.at[jnp.minimum(expert, experts - 1), block], mask=real, other=0)
+    up_to = jnp.where(expert < experts, up_to, BLOCK)  # too many in the last block, which is before no other
+    count = jnp.where(real, up_to - less, 0)
+    plt.store(first_row_ref.at[expert, block], jnp.sum(less) + jnp.cumsum(count) - count, mask=real)
+
+    @pl.when(expert < experts)
+    def _():
+        sizes_ref[expert] = jnp.sum(count)
 
 
-def _position_kernel(ids_ref, first_ref, before_ref, sizes_ref, position_ref, *, experts, block):
-    (pairs,) = ids_ref.shape
-    lane = lax.iota(jnp.int32, block)
-    block_index = pl.program_id(0)
-    pair = block_index * block + lane
-    mine = _local(ids_ref, first_ref, pair, pairs, experts)
-    here = mine < experts
-    position = plt.load(before_ref.at[jnp.where(here, mine, 0), block_index], mask=here, other=0)
-    chunk = 32
-
-    def start(c, position):
-        expert = c * chunk + lax.iota(jnp.int32, chunk)
-        size = plt.load(sizes_ref.at[expert], mask=expert < experts, other=0)
-        return position + jnp.sum(jnp.where(expert[None, :] < mine[:, None], size[None, :], 0), axis=1)
-
-    position = lax.fori_loop(0, pl.cdiv(experts, chunk), start, position)
-
-    def rank(c, position):
-        other_pair = block_index * block + c * chunk + lax.iota(jnp.int32, chunk)
-        other = _local(ids_ref, first_ref, other_pair, pairs, experts)
-        earlier = (other[None, :] == mine[:, None]) & (other_pair[None, :] < pair[:, None])
-        return position + jnp.sum(earlier.astype(jnp.int32), axis=1)
-
-    position = lax.fori_loop(0, block // chunk, rank, position)
-    plt.store(position_ref.at[pair], jnp.where(here, position, -1), mask=pair < pairs)
+def _position_kernel(ids_ref, first_ref, first_row_ref, position_ref, pair_ref, *, experts):
+    words = list(_words(ids_ref, first_ref, experts))
+    rows = [plt.load(first_row_ref.at[mine, pl.program_id(0)]) for _, mine, _ in words]  # all before the first store
+    earlier = (1 << lax.iota(jnp.int32, WORD)) - 1
+    for word, (pair, mine, planes) in enumerate(words):
+        row = rows[word] + lax.population_count(_equal(planes, mine) & earlier)
+        for _, _, others in words[:word]:
+            row += lax.population_count(_equal(others, mine))
+        _store_rows(position_ref, pair_ref, pair, row, mine < experts)
 
 
-def plan_pairs(ids_tK: jax.Array, first_expert, *, experts: int) -> tuple[jax.Array, jax.Array]:
-    """Rows of pairs in the order (expert, token, slot), and the rows of each expert.
+def plan_pairs(ids_tK: jax.Array, first_expert, *, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows of pairs in the order (expert, token, slot), the rows of each expert, and the pair of each row.
 
     Args:
-      ids_tK: (t, K) integer expert ids.
+      ids_tK: (t, K) integer expert ids, distinct within a token.
       first_expert: first expert of this rank; may be traced. Pairs outside of [first, first + experts) have no row.
       experts: e.
 
     Returns:
-      position (t, K) int32, -1 for none, and group sizes (e,) int32.
+      position (t, K) int32, -1 for none; group sizes (e,) int32; and pair (R,) int32, R = rows_bound(t, K, e): token *
+      K + slot, -1 past the last row.
     """
-    pairs = ids_tK.size
+    (tokens, top_k), pairs = ids_tK.shape, ids_tK.size
     ids = ids_tK.astype(jnp.int32).reshape(pairs)
     first = jnp.asarray(first_expert, jnp.int32).reshape(1)
+    position = jax.ShapeDtypeStruct((pairs,), jnp.int32)
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    pair = jax.ShapeDtypeStruct((rows_bound(tokens, top_k, experts),), jnp.int32)
     if pairs <= SMALL:
         block = 8  # little work a program, many programs: what counts here is how long one takes
-        position, sizes = pl.pallas_call(
+        position, sizes, pair = pl.pallas_call(
             functools.partial(
                 _small_plan_kernel, experts=experts, block=block, chunk=min(512, max(_power_of_two(pairs), 16))
             ),
-            out_shape=(jax.ShapeDtypeStruct((pairs,), jnp.int32), jax.ShapeDtypeStruct((experts,), jnp.int32)),
+            out_shape=(position, sizes, pair),
             grid=(pl.cdiv(max(pairs, experts), block),),
             in_specs=[_WHOLE] * 2,
-            out_specs=(_WHOLE, _WHOLE),
+            out_specs=(_WHOLE,) * 3,
             compiler_params=plt.CompilerParams(num_warps=4),
             name="moe_plan_small",
         )(ids, first)
-        return position.reshape(ids_tK.shape), sizes
+        return position.reshape(ids_tK.shape), sizes, pair
     blocks = pl.cdiv(pairs, BLOCK)
-    counts = pl.pallas_call(
-        functools.partial(_count_kernel, experts=experts, block=BLOCK),
+    up_to = pl.pallas_call(
+        functools.partial(_count_kernel, experts=experts),
         out_shape=jax.ShapeDtypeStruct((experts, blocks), jnp.int32),
         grid=(blocks,),
         in_specs=[_WHOLE] * 2,
         out_specs=_WHOLE,
-        compiler_params=plt.CompilerParams(num_warps=4),
+        compiler_params=plt.CompilerParams(num_warps=1),
         name="moe_plan_count",
     )(ids, first)
-    before, sizes = pl.pallas_call(
+    first_row, sizes = pl.pallas_call(
         _scan_kernel,
-        out_shape=(jax.ShapeDtypeStruct((experts, blocks), jnp.int32), jax.ShapeDtypeStruct((experts,), jnp.int32)),
-        grid=(experts,),
+        out_shape=(jax.ShapeDtypeStruct((experts + 1, blocks), jnp.int32), sizes),
+        grid=(experts + 1,),
         in_specs=[_WHOLE],
         out_specs=(_WHOLE, _WHOLE),
-        compiler_params=plt.CompilerParams(num_warps=4),
+        compiler_params=plt.CompilerParams(num_warps=max(4, min(16, _power_of_two(blocks) // 512))),
         name="moe_plan_scan",
-    )(counts)
-    position = pl.pallas_call(
-        functools.partial(_position_kernel, experts=experts, block=BLOCK),
-        out_shape=jax.ShapeDtypeStruct((pairs,), jnp.int32),
+    )(up_to)
+    position, pair = pl.pallas_call(
+        functools.partial(_position_kernel, experts=experts),
+        out_shape=(position, pair),
         grid=(blocks,),
-        in_specs=[_WHOLE] * 4,
-        out_specs=_WHOLE,
-        compiler_params=plt.CompilerParams(num_warps=4),
+        in_specs=[_WHOLE] * 3,
+        out_specs=(_WHOLE, _WHOLE),
+        compiler_params=plt.CompilerParams(num_warps=1),
         name="moe_plan_position",
-    )(ids, first, before, sizes)
-    return position.reshape(ids_tK.shape), sizes
+    )(ids, first, first_row)
+    return position.reshape(ids_tK.shape), sizes, pair
 
 
 def _schedule_kernel(sizes_ref, out_ref, *, rows, tile):

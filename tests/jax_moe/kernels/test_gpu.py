@@ -198,7 +198,7 @@ def test_routing_and_rows_are_the_formulas(kind, tokens, top_k, experts, width, 
     np.testing.assert_allclose(weights, chosen / chosen.sum(axis=1, keepdims=True), rtol=5e-6)
 
     first, held = experts // 4, experts // 2
-    position, sizes = kernels.plan_rows(ids, first, num_local_experts=held, implementation="triton")
+    position, sizes, pair = kernels.plan_rows(ids, first, num_local_experts=held, implementation="triton")
     key = np.asarray(ids).reshape(-1) - first
     key = np.where((key >= 0) & (key < held), key, held)
     np.testing.assert_array_equal(sizes, np.bincount(key, minlength=held + 1)[:held])
@@ -207,8 +207,10 @@ def test_routing_and_rows_are_the_formulas(kind, tokens, top_k, experts, width, 
     np.testing.assert_array_equal(position, np.where(key < held, place, -1).reshape(tokens, top_k))
 
     rows = tokens * top_k
-    index = np.full(rows, -1)
-    index[place[key < held]] = np.flatnonzero(key < held) // top_k
+    by_row = np.full(rows, -1)
+    by_row[place[key < held]] = np.flatnonzero(key < held)
+    np.testing.assert_array_equal(pair, by_row[: tokens * min(top_k, held)])
+    index = np.where(by_row < 0, -1, by_row // top_k)
     x = jnp.asarray(np.random.default_rng(2).standard_normal((tokens, width)), dtype)
     want = np.where((index >= 0)[:, None], np.asarray(x)[index], np.zeros_like(x[:1]))
     given = jnp.asarray(index, jnp.int32)

@@ -86,7 +86,8 @@ def module_on_numpy(triton_modules, x, w, sizes, bias, activation):
     with card(CARDS["A100"]):
         out = jax.jit(run).trace(x, w, schedule, bias=bias)
         out.lower(lowering_platforms=("cuda",))
-    return triton_module.run(triton_modules[-1], [schedule, x, w, bias], out.out_info.shape, out.out_info.dtype)
+    (out,) = triton_module.run(triton_modules[-1], [schedule, x, w, bias], [out.out_info])
+    return out
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jax_moe.kernels import reference, schedule, triton_routing, triton_rows
+from jax_moe.kernels import hopper, reference, schedule, triton_routing, triton_rows
+from tests.jax_moe.kernels import triton_module
+from tests.jax_moe.kernels.problems import CARDS, card
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Pallas calls run in plain JAX; the parameters for a GPU's compiler are dropped."""
+def pallas_call(monkeypatch):
+    """Pallas calls run in plain JAX; the parameters for a GPU's compiler are dropped. Returns the call as it was."""
     call = pl.pallas_call
 
     def interpret(*args, compiler_params=None, **options):
         return call(*args, interpret=True, **options)
 
     monkeypatch.setattr(pl, "pallas_call", interpret)
+    return call
 
 
 def ids_of(tokens, top_k, experts, seed=0):
@@ -28,17 +31,73 @@ def ids_of(tokens, top_k, experts, seed=0):
     return jnp.asarray(np.stack([rng.permutation(experts + 1)[:top_k] for _ in range(tokens)]), jnp.int32)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "first", "held"),
-    [(1, 8, 128, 0, 128), (37, 6, 60, 20, 20), (600, 4, 24, 8, 8)],
-    ids=["one token", "a rank's part", "more pairs than one pass counts"],
-)
-def test_pairs_get_the_rows_of_a_stable_sort(tokens, top_k, experts, first, held):
-    ids = ids_of(tokens, top_k, experts)
-    position, sizes = jax.jit(functools.partial(triton_routing.plan_pairs, experts=held))(ids, first)
-    want_position, want_sizes = reference.plan_rows(ids, first, held)
-    np.testing.assert_array_equal(position, want_position)
-    np.testing.assert_array_equal(sizes, want_sizes)
+BLOCK = triton_routing.BLOCK
+PLANS = {  # ids, first expert, experts held
+    "one token": (ids_of(1, 8, 128), 0, 128),
+    "one pair": (ids_of(1, 1, 4), 0, 4),
+    "a rank's part": (ids_of(37, 6, 60), 20, 20),
+    "fewer experts than a token chooses": (ids_of(75, 6, 12), 4, 3),
+    "five blocks": (ids_of(5 * BLOCK // 4 - 1, 4, 24), 8, 8),
+    "blocks and a part of a word": (ids_of(3 * BLOCK + 7, 1, 9), 0, 9),
+    "a pair less than a block": (ids_of(BLOCK - 1, 1, 5), 0, 5),
+    "a block": (ids_of(BLOCK // 2, 2, 64), 0, 64),
+    "a pair more than a block": (ids_of(BLOCK + 1, 1, 5), 1, 4),
+    "one expert": (ids_of(BLOCK + 40, 1, 1), 0, 1),
+    "experts past a power of two": (ids_of(90, 3, 257), 0, 257),
+    "every token in one expert": (jnp.full((2 * BLOCK + 3, 1), 5, jnp.int32), 3, 4),
+    "nobody here": (jnp.full((BLOCK + 3, 2), 16, jnp.int32), 0, 16),
+    "ids that no rank has": (jnp.asarray([[-1, 2**31 - 1], [-(2**31), 3], [2, -5]], jnp.int32), 2, 2),
+}
+
+
+@pytest.fixture(params=["one pass", "three passes"])
+def passes(request, monkeypatch):
+    one = request.param == "one pass"
+    monkeypatch.setattr(triton_routing, "SMALL", 10**6 if one else 0)
+    return 1 if one else 3
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_pairs_get_the_rows_of_a_stable_sort(passes, kind):
+    ids, first, held = PLANS[kind]
+    got = jax.jit(functools.partial(triton_routing.plan_pairs, experts=held))(ids, first)
+    for a, b in zip(got, reference.plan_rows(ids, first, held), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_the_modules_a_card_would_get_make_the_same_plan(monkeypatch, pallas_call, triton_modules, passes, kind):
+    monkeypatch.setattr(pl, "pallas_call", pallas_call)
+    ids, first, held = PLANS[kind]
+    plan = functools.partial(triton_routing.plan_pairs, experts=held)
+    with card(CARDS["H100"]):
+        jax.jit(plan).trace(ids, first).lower(lowering_platforms=("cuda",))
+    *count_and_scan, place = triton_modules
+    assert len(triton_modules) == passes
+
+    want = [np.asarray(a).reshape(-1) for a in reference.plan_rows(ids, first, held)]
+    given = [ids.reshape(-1), jnp.asarray([first], jnp.int32)]
+    if not count_and_scan:
+        got = triton_module.run(place, given, want)
+    else:
+        blocks, (count, scan) = pl.cdiv(ids.size, BLOCK), count_and_scan
+        position, sizes, pair = want
+        table = lambda experts: jax.ShapeDtypeStruct((experts, blocks), np.dtype(np.int32))  # noqa: E731
+        (up_to,) = triton_module.run(count, given, [table(held)])
+        first_row, sizes = triton_module.run(scan, [up_to], [table(held + 1), sizes])
+        position, pair = triton_module.run(place, [*given, first_row], [position, pair])
+        got = position, sizes, pair
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_of_plans_is_the_plan_of_each():
+    ids = jnp.stack([ids_of(30, 4, 12, seed) for seed in range(3)])
+    got = jax.vmap(functools.partial(hopper.plan_rows, num_local_experts=3), (0, None))(ids, 6)
+    for i in range(3):
+        for a, b in zip(got, reference.plan_rows(ids[i], 6, 3), strict=True):
+            np.testing.assert_array_equal(a[i], b)
 
 
 # Experts, experts a token, groups, groups kept: no power of two, all experts, groups of one, odd groups, DeepSeek's.
@@ -78,7 +137,7 @@ def test_one_launch_routes_few_tokens(rule, tokens):
         want_ids, want_weights = reference.choose_experts(logits, bias, scaling=1.0, **options)
         np.testing.assert_array_equal(ids, want_ids)
         np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
-        want_position, sizes = (np.asarray(a) for a in reference.plan_rows(want_ids, 0, experts))
+        want_position, sizes, _ = (np.asarray(a) for a in reference.plan_rows(want_ids, 0, experts))
         np.testing.assert_array_equal(position, want_position)
         busy, start = np.flatnonzero(sizes), np.cumsum(sizes) - sizes
         bits = [sum(1 << int(t) for t in np.flatnonzero((np.asarray(want_ids) == e).any(axis=1))) for e in busy]
@@ -116,15 +175,10 @@ def test_one_launch_makes_the_same_schedule(sizes):
 
 def test_rows_are_spread_gathered_and_combined_as_the_reference_does():
     ids = ids_of(13, 4, 10)
-    position, sizes = reference.plan_rows(ids, 2, 5)
+    position, sizes, pair = reference.plan_rows(ids, 2, 5)
     rows, width = 13 * 4, 72
     x = jax.random.normal(jax.random.key(0), (13, width), jnp.bfloat16)
-    pair = jnp.arange(rows, dtype=jnp.int32)
-    index = (
-        jnp.full((rows,), -1, jnp.int32)
-        .at[jnp.where(position >= 0, position, rows).reshape(-1)]
-        .set(pair // 4, mode="drop")
-    )
+    index = jnp.where(pair < 0, -1, pair // 4)
     want = reference.gather_rows(x, index)
     np.testing.assert_array_equal(triton_rows.spread_rows(x, position, sizes, rows=rows, chunk=64), want)
     np.testing.assert_array_equal(triton_rows.gather_rows(x, index, chunk=64), want)

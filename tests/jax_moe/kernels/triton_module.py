@@ -29,6 +29,8 @@ _BINARY = {
     "arith.andi": np.bitwise_and,
     "arith.ori": np.bitwise_or,
     "arith.xori": np.bitwise_xor,
+    "arith.shli": np.left_shift,
+    "arith.shrsi": np.right_shift,
     "arith.addf": np.add,
     "arith.subf": np.subtract,
     "arith.mulf": np.multiply,
@@ -41,7 +43,13 @@ _BINARY = {
 _CASTS = {"arith.extui", "arith.extsi", "arith.trunci", "arith.extf", "arith.truncf", "arith.sitofp", "tt.fp_to_fp"}
 _COMPARE = [np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal]
 _COMPARE_FLOATS = {1: np.equal, 2: np.greater, 3: np.greater_equal, 4: np.less, 5: np.less_equal, 13: np.not_equal}
-_UNARY = {"math.exp": np.exp, "__nv_expf": np.exp, "math.absf": np.abs, "__nv_fabsf": np.abs}
+_UNARY = {
+    "math.exp": np.exp,
+    "__nv_expf": np.exp,
+    "math.absf": np.abs,
+    "__nv_fabsf": np.abs,
+    "__nv_popc": lambda a: np.bitwise_count(np.asarray(a).view(np.uint32)),
+}
 
 
 class _Pointer:
@@ -56,16 +64,20 @@ class _Pointer:
         return self.offset, used
 
 
-def run(result, inputs, shape, dtype):
-    """The one output, (shape) in dtype, of a lowering result on `inputs`; NaN where no program wrote."""
+def run(result, inputs, outputs):
+    """The outputs, of these shapes and dtypes, of a lowering result on `inputs`; NaN, or -7, where no program wrote."""
     (function,) = (op.operation for op in result.module.body.operations if op.operation.name == "tt.func")
-    out = np.full(shape, np.nan, dtype)
+    outs = [np.full(out.shape, _nothing(out.dtype), out.dtype) for out in outputs]
     block = function.regions[0].blocks[0]
-    memory = [np.asarray(value).reshape(-1) for value in inputs] + [out.reshape(-1)]
+    memory = [np.asarray(value).reshape(-1) for value in inputs] + [out.reshape(-1) for out in outs]
     for program in range(int(np.prod(result.grid))):
         values = {argument: _Pointer(m, 0) for argument, m in zip(block.arguments, memory, strict=True)}
         _block(block, values, program)
-    return out
+    return outs
+
+
+def _nothing(dtype):
+    return -7 if dtype.kind == "i" else np.nan
 
 
 def _block(block, values, program):
@@ -130,8 +142,12 @@ def _value(op, given, shape, cast, program):
         offset, used = pointer.at(rest[0] if rest else None)
         value = pointer.memory[np.where(used, offset, 0)]
         # Without a value for what is not loaded, it is anything.
-        other = rest[1] if len(rest) > 1 else (np.nan if value.dtype.kind != "i" else -7)
+        other = rest[1] if len(rest) > 1 else _nothing(value.dtype)
         return np.where(used, value, np.asarray(other).astype(value.dtype))[()]
+    if name in ("tt.reduce", "tt.scan"):
+        combine, _ = op.regions[0].blocks[0].operations
+        ufunc = _BINARY[combine.operation.name]
+        return cast((ufunc.reduce if name == "tt.reduce" else ufunc.accumulate)(given[0], number("axis")))
     if name == "tt.dot":
         a, b, total = given
         return cast(a.astype(np.float32) @ b.astype(np.float32) + total)
