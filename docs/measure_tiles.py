@@ -68,10 +68,10 @@ class Candidate:
     @property
     def name(self) -> str:
         """As one would write it in tiles.py."""
-        plain = type(self.tile)()
-        kept = [f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(self.tile, f.name)]
-        words = [f"{name}={getattr(self.tile, name)}" for name in dict.fromkeys(["rows", *kept])]
-        return f"{self.module.__name__.rsplit('.', 1)[1].removeprefix('mosaic_gpu_')}.Tile({', '.join(words)})"
+        kernel = {wide: "wide", any_height: "any_height", small: "small"}[self.module]
+        mine, plain = (dataclasses.asdict(tile) for tile in (self.tile, type(self.tile)()))
+        words = [f"{name}={value}" for name, value in mine.items() if name == "rows" or value != plain[name]]
+        return f"{kernel}.Tile({', '.join(words)})"
 
 
 def _candidates(*found: Any) -> list[Candidate]:
@@ -79,13 +79,13 @@ def _candidates(*found: Any) -> list[Candidate]:
 
 
 W, A = wide.Tile, any_height.Tile
-FEW = _candidates(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), W(rows=64))
+FEW = _candidates(*(small.Tile(rows=rows) for rows in (8, 16, 32, 64)), A(rows=64))
 
 # name -> (shape, candidates); the shapes' sizes are those of docs/kernels.md
 CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
     "qwen3": (
         SHAPES["prefill_qwen3_30b"],
-        _candidates(W(), A(rows=136), A(rows=136, lower=2), A(rows=144, lower=2), A(rows=144, lower=4, step=8)),
+        _candidates(W(), A(rows=136), A(rows=136, lower=2), A(rows=144, lower=2), A(rows=176, lower=3)),
     ),
     "gpt_oss": (
         SHAPES["prefill_gpt_oss_120b"],
@@ -94,10 +94,10 @@ CLASSES: dict[str, tuple[Shape, list[Candidate]]] = {
     "deepseek_v3": (
         SHAPES["prefill_deepseek_v3"],
         _candidates(
-            W(rows=64), W(), A(rows=144), A(rows=72, stages=5), A(rows=144, lower=4, step=8), A(rows=160, lower=3)
+            W(), A(rows=144), A(rows=144, together=2), A(rows=128, together=2), A(rows=160, together=2)
         ),
     ),
-    "mixtral": (SHAPES["prefill_mixtral"], _candidates(W(), A(rows=152), A(rows=160, lower=1))),
+    "mixtral": (SHAPES["prefill_mixtral"], _candidates(W(), A(rows=152), A(rows=176))),
     "120b": (SHAPES["prefill_120b"], _candidates(W(), A(rows=160), A(rows=160, lower=1), A(rows=176, stages=3))),
     "qwen3, few": (SHAPES["decode64_qwen3_30b"], FEW),
     "qwen3, more": (SHAPES["decode256_qwen3_30b"], FEW),
@@ -421,8 +421,7 @@ def suggestion(name: str, product: str, found: dict) -> str:
     best, base = min(ms, key=ms.__getitem__), ms.get(was)
     if base is not None and ms[best] > NO_BETTER * base:
         return f"at {mean:g} rows an expert {was} stays: {base:.3f} ms, the best {ms[best]:.3f} ms ({best})"
-    code = best.replace("grouped_matmul.", "wide.").replace("small_groups.", "small.")
-    choice = f'Choice({code}, "{found["card"]}, {datetime.date.today().isoformat()}: {mean:g}")'
+    choice = f'Choice({best}, "{found["card"]}, {datetime.date.today().isoformat()}: {mean:g}")'
     return f"{choice}: {ms[best]:.3f} ms, " + (f"{was} {base:.3f} ms" if base else "today's was not timed")
 
 

@@ -45,10 +45,10 @@ def test_a_candidate_that_kills_its_process_is_left_out_and_the_others_are_timed
         "if 'gpt_oss' in sys.argv: time.sleep(60)\n"
         "say = lambda **e: print(json.dumps(e), flush=True)\n"
         "say(event='ready'); sys.stdin.readline(); say(event='card', card='none', jax='0')\n"
-        "bad = 'grouped_matmul.Tile(rows=64)|down'\n"
+        "bad = 'any_height.Tile(rows=64)|down'\n"
         "say(event='trying', key=bad)\n"
         "if bad not in sys.argv: os.abort()\n"
-        f"say(event='round', times={{'{script.CUBLAS}|': 1.0, 'small_groups.Tile(rows=8)|down': 2.0}})\n"
+        f"say(event='round', times={{'{script.CUBLAS}|': 1.0, 'small.Tile(rows=8)|down': 2.0}})\n"
         "say(event='done')\n"
     )
     monkeypatch.setattr(script, "__file__", str(worker))
@@ -56,9 +56,9 @@ def test_a_candidate_that_kills_its_process_is_left_out_and_the_others_are_timed
     assert found["gpt_oss"]["ended"] == "did not end within 3 s"
     other = found["qwen3, few"]
     assert other["ended"] is None
-    assert "status -6" in other["left_out"]["grouped_matmul.Tile(rows=64)|down"]
-    assert other["times"]["small_groups.Tile(rows=8)|down"]["ms"] == 2.0
-    assert "| `small_groups.Tile(rows=8)` |  |  | 2.000 |" in capsys.readouterr().out
+    assert "status -6" in other["left_out"]["any_height.Tile(rows=64)|down"]
+    assert other["times"]["small.Tile(rows=8)|down"]["ms"] == 2.0
+    assert "| `small.Tile(rows=8)` |  |  | 2.000 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3, few"])

@@ -11,6 +11,7 @@ layouts (concatenated, interleaved) cost the same.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,13 @@ class Tile:
     """Shape of a CTA's tile and of its pipeline.
 
     Attributes:
-      rows: 128, which two warpgroups share as 64 rows each, or 64, which they share as columns. A tile is 256 rows of
-        weights wide; a gated one has 128 of gate and 128 of up.
+      rows: 128, of which each multiplying warpgroup has 64. A tile is 256 rows of weights wide; a gated one has 128 of
+        gate and 128 of up.
       stages: stages of the ring of operands.
       band: tiles of rows that are walked together before the next column of weights.
     """
 
-    rows: int = 128
+    rows: ClassVar[int] = 128
     stages: int = 4
     band: int = 16
 
@@ -86,9 +87,9 @@ def _kernel(
         if ahead is not None:
             ahead.begin()
 
-        def store_tile(value, row, column, width):
+        def store_tile(value, row, column):
             """64 whole rows through shared memory, 64 columns at a time; zeros where there is no value."""
-            for c in range(width // 64):
+            for c in range(out_columns // 64):
                 if value is None:
                     block = jnp.full((64, 64), 0.0, out_ref.dtype)
                     block = block if interpret else plgpu.layout_cast(block, plgpu.Layout.WGMMA)
@@ -101,66 +102,57 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(out_store.at[wg, c % 2], target)
 
         def matmul(work, step):
-            """This warpgroup's share of a tile: rows of it, or, where the tile is only 64 rows high, columns."""
-            half = tile.rows == 64
-            width = out_columns // 2 if half else out_columns
-            row = work.row if half else work.row + wg * 64
+            """This warpgroup's rows of a tile."""
+            row = work.row + wg * 64
             rows = jnp.minimum(work.rows - (row - work.row), 64)
-            column = work.column * out_columns + (wg * width if half else 0)
-            a_rows = pl.ds(0, 64) if half else pl.ds(wg * 64, 64)
-            # With 128 rows gate and up are one operand, side by side; a share of 64 rows finds its own in two places.
-            if half:
-                b_rows, b_size = [pl.ds(part * out_columns + wg * width, width) for part in range(parts)], width
-            else:
-                b_rows, b_size = [pl.ds(0, 256)], 256
+            column = work.column * out_columns
+            own = pl.ds(wg * 64, 64)
 
-            def multiply(*accs):
+            def multiply(acc):
                 def mma(k, carry):
                     slot = lax.rem(step + k, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
-                    for acc, b in zip(accs, b_rows, strict=True):
-                        plgpu.wgmma(acc, x_smem.at[slot, a_rows], transposed(w_smem.at[slot, b]))
+                    # Gate and up are one operand, side by side.
+                    plgpu.wgmma(acc, x_smem.at[slot, own], transposed(w_smem.at[slot, pl.ds(0, 256)]))
                     return carry
 
                 def steady(k, carry):
                     mma(k, carry)
-                    plgpu.wgmma_wait(len(accs))  # the multiplications before these have read their stage
+                    plgpu.wgmma_wait(1)  # the multiplications before these have read their stage
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, jnp.int32(stages))])
                     return carry
 
                 mma(0, None)
                 lax.fori_loop(1, k_tiles, steady, None)
-                return tuple(acc[...] for acc in accs)
+                return acc[...]
 
-            values = pl.run_scoped(multiply, *[plgpu.ACC((64, b_size), jnp.float32) for _ in b_rows])
+            value = pl.run_scoped(multiply, plgpu.ACC((64, 256), jnp.float32))
             plgpu.barrier_arrive(empty.at[lax.rem(step + (k_tiles - 1), jnp.int32(stages))])
-            if gated and not half:
-                values = (values[0][:, :width], values[0][:, width:])
-            values = list(values)
+            values = [value[:, :out_columns], value[:, out_columns:]] if gated else [value]
             if bias_ref is not None:
                 for part in range(parts):
-                    source = bias_ref.at[work.expert, part, pl.ds(column, width)]
+                    source = bias_ref.at[work.expert, part, pl.ds(column, out_columns)]
                     bias = epilogue.load_bias(source, reduced=0)
-                    values[part] += lax.broadcast_in_dim(bias, (64, width), (1,))
+                    values[part] += lax.broadcast_in_dim(bias, (64, out_columns), (1,))
             value = values[0]
             if activation is not None:
                 value = epilogue.activate(activation, values[0], values[1] if gated else None)
             value = value.astype(out_ref.dtype)
-            whole = work.rows == (64 if half else 128)
+            whole = work.rows == tile.rows
 
             @pl.when(whole)
             def _():
-                store_tile(value, row, column, width)
+                store_tile(value, row, column)
 
             @pl.when(jnp.logical_not(whole))
             def _():
                 if interpret:
-                    store_by_row(value, row, rows, column, width)
+                    store_by_row(value, row, rows, column)
                 else:
                     epilogue.store_rows(value, out_ref, row, rows, column)
 
-        def store_by_row(value, row, rows, column, columns_of_value):
-            for c in range(columns_of_value // 64):
+        def store_by_row(value, row, rows, column):
+            for c in range(out_columns // 64):
                 out_smem[wg, c % 2] = value[:, c * 64 : (c + 1) * 64]
                 for width in {64, columns % 64} - {0}:  # the interpreter has no masked store
                     edge = column + c * 64 + 64 > columns
@@ -178,11 +170,7 @@ def _kernel(
 
             @pl.when(work.zeros)
             def _():
-                if tile.rows == 128:
-                    store_tile(None, work.row + wg * 64, work.column * out_columns, out_columns)
-                else:
-                    width = out_columns // 2
-                    store_tile(None, work.row, work.column * out_columns + wg * width, width)
+                store_tile(None, work.row + wg * 64, work.column * out_columns)
 
             @pl.when(jnp.logical_not(work.zeros))
             def _():

@@ -33,7 +33,6 @@ pytestmark = [
 SEVERAL = any_height.Tile(rows=144, lower=4, step=8)
 TILES = {
     "128 rows": (wide, wide.Tile()),
-    "64 rows": (wide, wide.Tile(rows=64)),
     "136 rows": (any_height, any_height.Tile(rows=136)),
     "144 rows, by two stages": (any_height, any_height.Tile(rows=144, together=2)),
     "176 rows": (any_height, any_height.Tile(rows=176)),
@@ -152,7 +151,7 @@ def check_ahead_many_times(times):
     np.testing.assert_array_equal(loop(index, want), 0)
 
 
-@pytest.mark.parametrize("name", ["128 rows", "64 rows", "136 rows"])
+@pytest.mark.parametrize("name", ["128 rows", "136 rows"])
 def test_rows_gathered_ahead_are_right_at_every_edge_and_where_there_are_none(name):
     in_time(120, check_ahead_at_every_edge, name)
 
