@@ -5,7 +5,7 @@ Shape suffixes: t tokens, E experts, K experts per token, e experts of this rank
 A pair's row is the number of pairs that come before it by (expert, pair); a pair that is not here counts as one of an
 expert past the last, so the rows of all pairs are distinct. For few pairs each program counts that directly. For many,
 blocks of pairs are counted by expert, the counts are summed over blocks, and a pair adds its rank in its own block:
-three passes over the ids, no sort, no atomics, the order of a stable sort.
+three passes, no sort, no atomics, the order of a stable sort.
 
 Within a block 32 pairs are compared at once. Bit b of their experts is one word, a plane; a few bitwise operations for
 each plane give the pairs of an expert, or those up to it, as the bits of a word, which are then counted.

@@ -31,12 +31,13 @@ pytestmark = [
 ]
 
 SEVERAL = any_height.Tile(rows=144, lower=4, step=8)
+HIGHER = any_height.Tile(rows=176, lower=3)
 TILES = {
     "128 rows": (wide, wide.Tile()),
     "136 rows": (any_height, any_height.Tile(rows=136)),
     "144 rows, by two stages": (any_height, any_height.Tile(rows=144, together=2)),
     "176 rows": (any_height, any_height.Tile(rows=176)),
-    "128, 144, 160 and 176 rows": (any_height, any_height.Tile(rows=176, lower=3)),
+    "128, 144, 160 and 176 rows": (any_height, HIGHER),
     "112, 120, ... 144 rows": (any_height, SEVERAL),
     **{f"{rows} tokens": (small, small.Tile(rows=rows)) for rows in (8, 16, 32, 64, 128)},
     **{f"triton, {tile.rows} rows": (triton, tile) for _, tile in triton.TABLE},
@@ -66,7 +67,7 @@ def test_every_tile_is_right_at_every_edge(name):
     problems += [("edges", None, True, jnp.float16), ("mostly empty", SILU, False, jnp.float16)]
     problems.append(("edges", SILU, True, jnp.bfloat16, 328))  # six stages in place of four
     problems.append(("edges", None, False, jnp.bfloat16, 136))  # three
-    if getattr(TILES[name][1], "lower", 0):  # several bodies to compile; a test of their own is below
+    if getattr(TILES[name][1], "lower", 0):  # several bodies to compile, and a test of their own below
         problems = problems[2::3]
     with ThreadPoolExecutor(8) as pool:  # most of the time is compiling
         for done in [pool.submit(check, *TILES[name], *problem) for problem in problems]:
@@ -74,17 +75,18 @@ def test_every_tile_is_right_at_every_edge(name):
 
 
 @pytest.mark.parametrize("activation", [None, SILU])
-def test_the_height_a_tile_gets_changes_no_bit(activation):
-    sizes = [rows for height in SEVERAL.heights for rows in (height - 1, height, height + 1, 2 * height + 3)]
-    sizes += [0, 1, 18 * SEVERAL.rows - 9, SEVERAL.rows + 1, 2 * SEVERAL.rows + 1]  # past a band, and three lowest
-    x, w, sizes, b = operands(sizes, 328, 272, spare=SEVERAL.rows + 5, bias=True)
+@pytest.mark.parametrize("several", [SEVERAL, HIGHER], ids=["up to 144 rows", "up to 176"])
+def test_the_height_a_tile_gets_changes_no_bit(several, activation):
+    sizes = [rows for height in several.heights for rows in (height - 1, height, height + 1, 2 * height + 3)]
+    sizes += [0, 1, 18 * several.rows - 9, several.rows + 1, 2 * several.rows + 1]  # past a band, and three lowest
+    x, w, sizes, b = operands(sizes, 328, 272, spare=several.rows + 5, bias=True)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(tile, x, w, sizes, b):
         schedule = make_schedule(sizes, rows=len(x), tile=tile.rows)
         return any_height.grouped_matmul(x, w, schedule, activation=activation, bias=b, tile=tile)
 
-    first, second, alone = (run(tile, x, w, sizes, b) for tile in (SEVERAL, SEVERAL, any_height.Tile(rows=136)))
+    first, second, alone = (run(tile, x, w, sizes, b) for tile in (several, several, any_height.Tile(rows=136)))
     assert_right(first, expected(x, w, sizes, activation=activation, bias=b), int(sizes.sum()))
     for other in (second, alone):
         np.testing.assert_array_equal(np.asarray(first).view(np.uint16), np.asarray(other).view(np.uint16))
@@ -98,9 +100,10 @@ def in_time(seconds, run, *args):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def check_ahead(name, kind):
+def check_ahead(name, activation, kind):
     """Rows gathered ahead, in two orders in turns, some of no token: right by row, and the same bits each time."""
     kernel, tile = TILES[name]
+    activation = ACTIVATIONS[activation]
     x, w, sizes, b = operands(group_sizes(kind, tile.rows), 200, 272, spare=tile.rows + 37, bias=kind == "edges")
     total, rows = int(sizes.sum()), len(x)
     x = jnp.nan_to_num(x).at[-1].set(jnp.nan)  # a token that no row is of
@@ -108,7 +111,7 @@ def check_ahead(name, kind):
     @jax.jit
     def run(x, w, sizes, b, index):
         schedule = make_schedule(sizes, rows=rows, tile=tile.rows)
-        return kernel.grouped_matmul(x, w, schedule, activation=SILU, bias=b, tile=tile, index_R=index)
+        return kernel.grouped_matmul(x, w, schedule, activation=activation, bias=b, tile=tile, index_R=index)
 
     first = []
     for turn in range(6):
@@ -119,12 +122,12 @@ def check_ahead(name, kind):
         np.testing.assert_array_equal(first[turn].view(np.uint16), first[turn % 2].view(np.uint16))
         if turn < 2:
             gathered = jnp.where((order[:, None] >= 0) & (order[:, None] < rows), x[np.clip(order, 0, rows - 2)], 0)
-            assert_right(first[turn], expected(gathered, w, sizes, activation=SILU, bias=b), total)
+            assert_right(first[turn], expected(gathered, w, sizes, activation=activation, bias=b), total)
 
 
-def check_ahead_at_every_edge(name):
+def check_ahead_at_every_edge(name, activation):
     with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(check_ahead, name, kind) for kind in KINDS]:
+        for done in [pool.submit(check_ahead, name, activation, kind) for kind in KINDS]:
             done.result()
 
 
@@ -151,9 +154,12 @@ def check_ahead_many_times(times):
     np.testing.assert_array_equal(loop(index, want), 0)
 
 
-@pytest.mark.parametrize("name", ["128 rows", "136 rows"])
-def test_rows_gathered_ahead_are_right_at_every_edge_and_where_there_are_none(name):
-    in_time(120, check_ahead_at_every_edge, name)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("128 rows", "silu"), ("136 rows", "silu"), ("128 rows", "relu2"), ("128, 144, 160 and 176 rows", "relu2")],
+)
+def test_rows_gathered_ahead_are_right_at_every_edge_and_where_there_are_none(name, activation):
+    in_time(120, check_ahead_at_every_edge, name, activation)
 
 
 def test_rows_gathered_ahead_have_the_same_bits_two_hundred_times():
@@ -179,6 +185,7 @@ def router_of(kind, tokens, experts):
         ("four experts", 257, 4, 40, 2056),
         ("drawn", 300, 4, 40, 328),
         ("drawn", 8192, 8, 128, 136),
+        ("drawn", 65537, 8, 40, 8),  # more than 4096 blocks of the sort
     ],
 )
 def test_routing_and_rows_are_the_formulas(kind, tokens, top_k, experts, width, dtype):

@@ -41,9 +41,10 @@ def multiply(kernel, tile, x, w, sizes, bias, index=None, *, activation=None, in
         (wide, wide.Tile()),
         (any_height, any_height.Tile(rows=136)),
         (any_height, any_height.Tile(rows=144, lower=2)),
+        (any_height, any_height.Tile(rows=144, together=2)),
         (small, small.Tile(rows=16)),
     ],
-    ids=["128 rows", "136 rows", "112, 128 and 144 rows", "small groups"],
+    ids=["128 rows", "136 rows", "112, 128 and 144 rows", "144 rows, by two stages", "small groups"],
 )
 def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
@@ -56,10 +57,20 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     assert "mosaic_gpu" in program
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [(wide, wide.Tile()), (any_height, any_height.Tile(rows=136))])
-def test_kernels_that_gather_ahead_lower_for_cuda(kernel, tile):
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        (wide, wide.Tile()),
+        (any_height, any_height.Tile(rows=136)),
+        (any_height, any_height.Tile(rows=144, lower=2)),
+        (any_height, any_height.Tile(rows=144, together=2)),
+    ],
+    ids=["128 rows", "136 rows", "112, 128 and 144 rows", "144 rows, by two stages"],
+)
+def test_kernels_that_gather_ahead_lower_for_cuda(kernel, tile, activation):
     x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True)
-    run = functools.partial(multiply, kernel, tile, activation=ACTIVATIONS["silu"])
+    run = functools.partial(multiply, kernel, tile, activation=ACTIVATIONS[activation])
     traced = jax.jit(run).trace(x, w, sizes, bias, jnp.zeros((161,), jnp.int32))
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Copied by the warps that do not load, and at first by those that multiply; awaited by the one that loads.
@@ -73,8 +84,10 @@ def test_kernels_that_gather_ahead_lower_for_cuda(kernel, tile):
     [
         (wide, wide.Tile(stages=2), [130, 0, 40], "silu"),
         (any_height, any_height.Tile(rows=24, stages=2), [25, 0, 10], "swigluoai"),
+        (any_height, SEVERAL, [1, 41, 0, 49], "relu2"),
+        (any_height, any_height.Tile(rows=24, together=2), [25, 0, 10], "relu2"),
     ],
-    ids=["128 rows", "24 rows"],
+    ids=["128 rows", "24 rows", "24, 32 and 40 rows", "24 rows, by two stages"],
 )
 def test_gathering_ahead_is_the_product_of_the_gathered_rows(kernel, tile, sizes, activation):
     x, w, sizes, bias = operands(sizes, 72, 272, spare=6, bias=True)
