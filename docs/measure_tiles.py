@@ -59,19 +59,14 @@ NO_BETTER = 0.99  # a tile that needs more than this of what today's needs is no
 class Candidate:
     """A tile of one of the kernels."""
 
-    tile: wide.Tile | any_height.Tile | small.Tile
-
-    @property
-    def module(self) -> Any:
-        return {wide.Tile: wide, any_height.Tile: any_height, small.Tile: small}[type(self.tile)]
+    tile: tiles.Tile
 
     @property
     def name(self) -> str:
         """As one would write it in tiles.py."""
-        kernel = {wide: "wide", any_height: "any_height", small: "small"}[self.module]
         mine, plain = (dataclasses.asdict(tile) for tile in (self.tile, type(self.tile)()))
         words = [f"{name}={value}" for name, value in mine.items() if name == "rows" or value != plain[name]]
-        return f"{kernel}.Tile({', '.join(words)})"
+        return f"{tiles.kernel_of(self.tile)}.Tile({', '.join(words)})"
 
 
 def _candidates(*found: Any) -> list[Candidate]:
@@ -162,7 +157,7 @@ def multiply(candidate: Candidate, product: str, rehearse: bool) -> Callable[[di
     activation = SILU if product == GATE_UP else None
 
     def kernel(given: dict) -> jax.Array:
-        run = candidate.module.grouped_matmul
+        run = tiles.KERNELS[tiles.kernel_of(candidate.tile)].grouped_matmul
         return run(given["x"], given["w"], given["schedule"], activation=activation, tile=candidate.tile)
 
     return functools.partial(formula, product) if rehearse else kernel

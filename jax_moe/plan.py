@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from jax_moe import kernels
 from jax_moe._typing import Array, Int, Int32
-from jax_moe.kernels.schedule import rows_bound as rows_bound
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +58,7 @@ def make_plan(
       implementation: of the kernels.
 
     Returns:
-      A `Plan` with R = rows_bound(t, K, e).
+      A `Plan` with R = kernels.schedule.rows_bound(t, K, e).
     """
     top_k = topk_ids_tK.shape[1]
     position_tK, group_sizes_e, pair_R = kernels.plan_rows(

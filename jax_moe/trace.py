@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_moe import stages, tokens, transport
 from jax_moe._typing import Array, Float32, Int32
 from jax_moe.config import MoEConfig, ParallelConfig
-from jax_moe.plan import rows_bound
+from jax_moe.kernels.schedule import rows_bound
 
 _STAGE_FIELDS = dataclasses.fields(stages.Stages)
 

@@ -104,7 +104,7 @@ def _kernel(
         def matmul(work, step):
             """This warpgroup's rows of a tile."""
             row = work.row + wg * 64
-            rows = jnp.minimum(work.rows - (row - work.row), 64)
+            rows = jnp.minimum(work.rows - wg * 64, 64)
             column = work.column * out_columns
             own = pl.ds(wg * 64, 64)
 

@@ -41,16 +41,6 @@ def gate_layout(activation) -> str | None:
     return activation.layout if activation is not None and activation.gated else None
 
 
-def named(body, name: str):
-    """`body` under the name that profiles will show."""
-
-    def kernel(*refs):
-        body(*refs)
-
-    kernel.__name__ = name
-    return kernel
-
-
 def transposed(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
@@ -137,6 +127,7 @@ def load_tiles(
 
     def item(i, step):
         work = find(i)
+        column = work.column * out_columns
         if ahead is not None:
             ahead.wait(work)
 
@@ -155,7 +146,6 @@ def load_tiles(
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot])
             for part in range(parts):
                 for n, slot in enumerate(slots):
-                    column = work.column * out_columns
                     source = weight_tile(w_ref, work.expert, part, column, out_columns, k + n, layout)
                     target = w_load.at[slot, pl.ds(part * out_columns, out_columns)]
                     plgpu.copy_gmem_to_smem(source, target, full.at[slot])
@@ -173,13 +163,17 @@ def load_tiles(
             pl.when(jnp.logical_not(work.zeros) & (work.kind == kind))(functools.partial(tile, height))
         return step + jnp.where(work.zeros, 0, k_tiles)
 
-    step = lax.fori_loop(0, trips, item, jnp.int32(0))
+    drain(lax.fori_loop(0, trips, item, jnp.int32(0)), empty, stages)
 
-    def drain(s, carry):  # leave no barrier with a phase that nobody has seen
+
+def drain(step, empty, stages: int) -> None:
+    """After `step` stages have been filled: leaves no barrier with a phase that nobody has seen."""
+
+    def see(s, carry):
         plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
         return carry
 
-    lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+    lax.fori_loop(jnp.maximum(step - stages, 0), step, see, None)
 
 
 def weight_operands(w: jax.Array, bias: jax.Array | None, activation, *, past: int) -> tuple[list[jax.Array], int]:
@@ -206,12 +200,35 @@ def weight_operands(w: jax.Array, bias: jax.Array | None, activation, *, past: i
     return [w, jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -columns % past)))], columns
 
 
-def compiler_params(interpret) -> plgpu.CompilerParams:
-    """How all products are compiled: by lane, with barriers of their own but in the interpreter."""
-    return plgpu.CompilerParams(
-        approx_math=True,
-        unsafe_no_auto_barriers=interpret is None,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
+def persistent(body, name: str, *, out_type, scratch_types, sms: int, warpgroups: int, interpret):
+    """A kernel of one CTA for each of `sms`, as all products are: by lane, with barriers of their own.
+
+    Args:
+      body: of the operands' refs, the results' and those of `scratch_types`; it finds itself on the axes "sm" and "wg".
+      name: what profiles show.
+      out_type, scratch_types: as of `plgpu.kernel`.
+      warpgroups: of a CTA.
+      interpret: InterpretGPUParams to run on CPU, where barriers are the interpreter's.
+    """
+
+    def kernel(*refs):
+        body(*refs)
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=interpret is None,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
     )
 
 
@@ -248,8 +265,9 @@ def launch(
     name = "moe_gate_up" if activation is not None else "moe_grouped_matmul"
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
     types = [jax.ShapeDtypeStruct((rows, width), x_RD.dtype) for width in (columns, x_RD.shape[1])]
-    return plgpu.kernel(
-        named(body, name + suffix + ("" if index_R is None else "_ahead")),
+    return persistent(
+        body,
+        name + suffix + ("" if index_R is None else "_ahead"),
         out_type=types[: 1 if index_R is None else 2],
         scratch_types=[
             memory((tile.stages, tile.rows, DEPTH)),
@@ -258,10 +276,7 @@ def launch(
             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=tile.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         ],
-        grid=(sms,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
+        sms=sms,
+        warpgroups=3,
         interpret=interpret,
-        compiler_params=compiler_params(interpret),
     )(schedule, x_RD, *weights, *([] if index_R is None else [index_R]))[0]

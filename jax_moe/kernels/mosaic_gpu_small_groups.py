@@ -23,15 +23,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_moe.kernels import mosaic_gpu_epilogue as epilogue
 from jax_moe.kernels.mosaic_gpu_pipeline import (
     DEPTH,
-    compiler_params,
+    drain,
     find_work,
     gate_layout,
-    named,
     operand_memory,
+    persistent,
     sm_count,
     transposed,
     views,
     weight_operands,
+    weight_tile,
 )
 
 
@@ -87,6 +88,7 @@ def _kernel(
     def _load():
         def item(i, step):
             work = find(sm + i * sms)
+            column = work.column * out_columns
 
             def load(k, step):
                 slot = lax.rem(step, jnp.int32(stages))
@@ -96,31 +98,19 @@ def _kernel(
                     plgpu.barrier_wait(empty.at[slot])
 
                 for atom in range(atoms):
-                    columns_k = pl.ds(k * tile.depth + atom * DEPTH, DEPTH)
+                    at = k * atoms + atom
                     for part in range(2 if gated else 1):
-                        rows = pl.ds(work.column * out_columns, out_columns)
-                        if not gated:
-                            source = w_ref.at[work.expert, rows, columns_k]
-                        elif layout == "concatenated":
-                            source = w_ref.at[work.expert, part, rows, columns_k]
-                        else:
-                            source = w_ref.at[work.expert, rows, part, columns_k]
+                        source = weight_tile(w_ref, work.expert, part, column, out_columns, at, layout)
                         target = w_load.at[slot, atom, pl.ds(part * out_columns, out_columns)]
                         plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-                    source = x_ref.at[pl.ds(0 if by_token else work.row, box), columns_k]
+                    source = x_ref.at[pl.ds(0 if by_token else work.row, box), pl.ds(at * DEPTH, DEPTH)]
                     target = x_load.at[slot, atom] if box == tile.rows else x_load.at[slot, atom, pl.ds(0, box)]
                     plgpu.copy_gmem_to_smem(source, target, full.at[slot])
                 return step + 1
 
             return lax.fori_loop(0, jnp.where(work.zeros, 0, k_tiles), load, step)
 
-        step = lax.fori_loop(0, trips, item, jnp.int32(0))
-
-        def drain(s, carry):  # leave no barrier with a phase that nobody has seen
-            plgpu.barrier_wait(empty.at[lax.rem(s, jnp.int32(stages))])
-            return carry
-
-        lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+        drain(lax.fori_loop(0, trips, item, jnp.int32(0)), empty, stages)
 
     @pl.when(wg == 0)
     def _multiply():
@@ -239,8 +229,9 @@ def grouped_matmul(
     name = "moe_gate_up_small" if activation is not None else "moe_grouped_matmul_small"
     out_tile = [plgpu.SMEM((64 if gated else 128, tile.rows), x_RD.dtype)] if interpret is not None else []
     memory = functools.partial(operand_memory, dtype=x_RD.dtype, interpret=interpret is not None)
-    return plgpu.kernel(
-        named(body, name),
+    return persistent(
+        body,
+        name,
         out_type=jax.ShapeDtypeStruct((rows, columns), x_RD.dtype),
         scratch_types=[
             memory((tile.stages, tile.depth // DEPTH, tile.rows, DEPTH)),
@@ -249,10 +240,7 @@ def grouped_matmul(
             plgpu.Barrier(num_arrivals=(3 if gated else 2) * (tile.depth // DEPTH), num_barriers=tile.stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=tile.stages),
         ],
-        grid=(sms,),
-        grid_names=("sm",),
-        num_threads=2,
-        thread_name="wg",
+        sms=sms,
+        warpgroups=2,
         interpret=interpret,
-        compiler_params=compiler_params(interpret),
     )(*operands)

@@ -11,7 +11,14 @@ from jax_moe.kernels import mosaic_gpu_any_height as any_height
 from jax_moe.kernels import mosaic_gpu_grouped_matmul as wide
 from jax_moe.kernels import mosaic_gpu_small_groups as small
 
+KERNELS = {"wide": wide, "any_height": any_height, "small": small}
+"""Modules, by what this one calls them."""
 Tile = wide.Tile | any_height.Tile | small.Tile
+
+
+def kernel_of(tile: Tile) -> str:
+    """The name of the kernel that a tile belongs to."""
+    return next(name for name, module in KERNELS.items() if isinstance(tile, module.Tile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +35,7 @@ class Choice:
 
     @property
     def run(self) -> Callable:
-        kernels = {wide.Tile: wide, any_height.Tile: any_height, small.Tile: small}
-        return kernels[type(self.tile)].grouped_matmul
+        return KERNELS[kernel_of(self.tile)].grouped_matmul
 
     @property
     def words(self) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_moe import plan
+from jax_moe.kernels.schedule import rows_bound
 
 make = functools.partial(jax.jit, static_argnames="num_local_experts")(plan.make_plan)
 
@@ -72,5 +73,5 @@ def test_the_sentinel_and_negative_ids_have_no_row():
 
 
 def test_a_bound_holds_every_row():
-    assert plan.rows_bound(5, 3, 8) == 15
-    assert plan.rows_bound(5, 3, 2) == 10
+    assert rows_bound(5, 3, 8) == 15
+    assert rows_bound(5, 3, 2) == 10

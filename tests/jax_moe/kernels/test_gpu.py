@@ -27,7 +27,6 @@ from tests.jax_moe.kernels.problems import ACTIVATIONS, KINDS, SILU, assert_righ
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not choice.runs_on_hopper(), reason="needs a GPU of compute capability 9.0"),
-    # JAX 0.11 announces that a later version will be without it; then the reference takes over (hopper.no_triton).
 ]
 
 SEVERAL = any_height.Tile(rows=144, lower=4, step=8)

@@ -22,6 +22,13 @@ needs_interpreter = pytest.mark.skipif(
 
 
 SEVERAL = any_height.Tile(rows=40, lower=2, step=8, stages=2)
+THAT_GATHER = {
+    "128 rows": (wide, wide.Tile()),
+    "136 rows": (any_height, any_height.Tile(rows=136)),
+    "112, 128 and 144 rows": (any_height, any_height.Tile(rows=144, lower=2)),
+    "144 rows, by two stages": (any_height, any_height.Tile(rows=144, together=2)),
+}
+TILES = THAT_GATHER | {"small groups": (small, small.Tile(rows=16))}
 
 
 def multiply(kernel, tile, x, w, sizes, bias, index=None, *, activation=None, interpret=None):
@@ -35,17 +42,7 @@ def multiply(kernel, tile, x, w, sizes, bias, index=None, *, activation=None, in
     ("activation", "dtype"),
     [*((name, jnp.bfloat16) for name in (None, "silu", "interleaved", "relu2")), ("silu", jnp.float16)],
 )
-@pytest.mark.parametrize(
-    ("kernel", "tile"),
-    [
-        (wide, wide.Tile()),
-        (any_height, any_height.Tile(rows=136)),
-        (any_height, any_height.Tile(rows=144, lower=2)),
-        (any_height, any_height.Tile(rows=144, together=2)),
-        (small, small.Tile(rows=16)),
-    ],
-    ids=["128 rows", "136 rows", "112, 128 and 144 rows", "144 rows, by two stages", "small groups"],
-)
+@pytest.mark.parametrize(("kernel", "tile"), TILES.values(), ids=TILES)
 def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
     # 8 times odd: edges of every kind, in rows, columns and depth.
     x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True, dtype=dtype)
@@ -58,16 +55,7 @@ def test_kernels_lower_for_cuda(kernel, tile, activation, dtype):
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu2"])
-@pytest.mark.parametrize(
-    ("kernel", "tile"),
-    [
-        (wide, wide.Tile()),
-        (any_height, any_height.Tile(rows=136)),
-        (any_height, any_height.Tile(rows=144, lower=2)),
-        (any_height, any_height.Tile(rows=144, together=2)),
-    ],
-    ids=["128 rows", "136 rows", "112, 128 and 144 rows", "144 rows, by two stages"],
-)
+@pytest.mark.parametrize(("kernel", "tile"), THAT_GATHER.values(), ids=THAT_GATHER)
 def test_kernels_that_gather_ahead_lower_for_cuda(kernel, tile, activation):
     x, w, sizes, bias = operands([150, 0, 3], 200, 272, spare=8, bias=True)
     run = functools.partial(multiply, kernel, tile, activation=ACTIVATIONS[activation])
